@@ -8,6 +8,7 @@ Shapes: N examples, T units of all of them together. Spans are inclusive at both
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,20 +96,16 @@ def token_sources(examples: Sequence[Example], tokenizer: Any, max_tokens: int) 
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the reader's tokenizer ({type(tokenizer).__name__}) has no fast version")
+    backend = tokenizer.backend_tokenizer  # half the time of the wrapper around it
+    backend.no_truncation()
+    backend.no_padding()
     pieces: list[_Piece] = []
     for first in range(0, len(examples), _TOKENISER_BATCH):
         batch = examples[first : first + _TOKENISER_BATCH]
-        encoded = tokenizer(
-            [source_text(example) for example in batch],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for example, ids, offsets in zip(
-            batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            pieces.append(_token_piece(example, ids, offsets, max_tokens))
+        texts = [source_text(example) for example in batch]
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        for example, encoding in zip(batch, encodings, strict=True):
+            pieces.append(_token_piece(example, encoding.ids, encoding.offsets, max_tokens))
     return _join(pieces, np.int32)
 
 
@@ -135,20 +132,27 @@ def _whole_code_points(text: bytes, limit: int) -> int:
 def _token_piece(
     example: Example, ids: list[int], offsets: list[tuple[int, int]], max_tokens: int
 ) -> _Piece:
-    begin, end = np.array(offsets, np.int64).reshape(-1, 2).T  # code points, end exclusive
     head = len(source_head(example.question))
     span = NO_SPAN
     if example.answer_start >= 0:
         start = head + example.answer_start
         stop = start + len(example.answers[0])
-        inside = np.flatnonzero((begin < stop) & (end > start))
-        span = (int(inside[0]), int(inside[-1])) if len(inside) else NO_SPAN
+        first, last = _first_after(offsets, start), _last_before(offsets, stop)
+        span = (first, last) if first <= last else NO_SPAN
     kept = min(max_tokens, len(ids))
-    while 0 < kept < len(ids) and begin[kept] < end[kept - 1]:  # both hold bytes of one code point
-        kept -= 1
-    in_context = np.flatnonzero(end > head)
-    context_start = int(in_context[0]) if len(in_context) else len(ids)
-    return _Piece(np.array(ids[:kept], np.int32), span, len(ids), context_start)
+    while 0 < kept < len(ids) and offsets[kept][0] < offsets[kept - 1][1]:
+        kept -= 1  # both tokens hold bytes of one code point
+    return _Piece(np.array(ids[:kept], np.int32), span, len(ids), _first_after(offsets, head))
+
+
+def _first_after(offsets: list[tuple[int, int]], point: int) -> int:
+    """The first token that ends after a code point begins; the number of tokens if none does."""
+    return bisect_right(offsets, point, key=lambda token: token[1])
+
+
+def _last_before(offsets: list[tuple[int, int]], point: int) -> int:
+    """The last token that begins before a code point; -1 if none does."""
+    return bisect_left(offsets, point, key=lambda token: token[0]) - 1
 
 
 def _join(pieces: Iterable[_Piece], dtype: type) -> Sources:

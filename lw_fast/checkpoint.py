@@ -344,7 +344,7 @@ def lock_run(run_dir: str | Path) -> Iterator[None]:
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+        file = open(run_dir / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write into {run_dir}: {error.strerror}") from None
     with file:

@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -112,8 +113,11 @@ _LAUNCHER_ENV = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def close_world() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
+    """Leaves the process group, if there is one; `init_world` may then be called again."""
+    comm = getattr(sys.modules.get("deepspeed"), "comm", None)
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # also drops DeepSpeed's own references to it
+    elif dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -410,16 +414,13 @@ class ZeroEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks (and stage 3 knows no other way): undo it.
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> Tensor:
         _set_lr(self._zero, self._peaks, lr_factor)
         self._engine.step()
-        if self._stage == 3:
-            # A parameter that takes no part in the next step would keep this step's gradient.
-            self._zero.grad_partitions_flat_buffer.zero_()
+        self._forget_gradients()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self.world.device)
 
     def module_state(self) -> dict[str, Tensor]:
@@ -452,6 +453,17 @@ class ZeroEngine:
             param = self.module.get_parameter(name)
             for key in MOMENTS:
                 self._write_moment(param, key, moments[key].to(self.world.device))
+
+    def _forget_gradients(self) -> None:
+        """Stage 3 and offloading only overwrite gradients: a parameter that takes no part in the
+        next step, or not from its first micro-batch on, would be updated with this step's."""
+        buffers = list(getattr(self._zero, "accumulated_grads_in_cpu", {}).values())
+        buffers += [flat.grad for flat in self._flat_params() if flat.grad is not None]
+        if self._stage == 3:
+            buffers.append(self._zero.grad_partitions_flat_buffer)
+            self._zero.reset_cpu_buffers()  # norms of single parameters
+        for buffer in buffers:
+            buffer.zero_()
 
     def _gathered(self, write: bool = False) -> contextlib.AbstractContextManager:
         """Inside, all parameters are whole; with write, rank 0's values are kept."""
@@ -498,6 +510,7 @@ def _with_trainer_keys(
         "train_micro_batch_size_per_gpu": max(1, optim.batch_size // (world.size * accumulation)),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.max_grad_norm,
+        "managed_gradient_accumulation": False,  # step() is the boundary
         # Offloaded AdamW is torch's: DeepSpeed's own would be compiled on first use.
         "zero_force_ds_cpu_optimizer": False,
     }

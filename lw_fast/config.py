@@ -99,8 +99,8 @@ class AdapterConfig:
     calibration: str = setting(
         "per_slot",
         "how the prefix gets the LM's embedding RMS: per slot, per example (embed_rms), a fixed "
-        "target, the training mean, or not at all",
-        choices=("per_slot", "embed_rms", "fixed", "train_stats", "none"),
+        "target (fixed), or not at all",
+        choices=("per_slot", "embed_rms", "fixed", "none"),
     )
     prefix_target_rms: float = setting(0.015, "target RMS of calibration=fixed")
     prefix_gain: float = setting(1.0, "factor on the calibrated prefix at decode time")
@@ -112,7 +112,8 @@ class SequenceConfig:
 
     warm_anchor_text: str = setting("Answer:", "text between the latents and the answer")
     train_append_bos_after_prefix: str = setting(
-        "no", "BOS between anchor and answer in training; auto: only without an anchor",
+        "no",
+        "BOS between anchor and answer in training; auto: only without an anchor",
         choices=("auto", "yes", "no"),
     )
 
@@ -125,8 +126,10 @@ class LossConfig:
     scale_l2: float = setting(0.0, "pull of adapter.scale towards 1")
     adapter_rms_l2: float = setting(0.0, "pull of the raw prefix RMS towards the LM's")
     pairing: str = setting(
-        "next", "next: position t predicts token t+1; double_shift: the original's fault, for "
-        "ablations only", choices=("next", "double_shift"),
+        "next",
+        "next: position t predicts token t+1; double_shift: the original's fault, for "
+        "ablations only",
+        choices=("next", "double_shift"),
     )
 
 
@@ -148,7 +151,8 @@ class OptimConfig:
     max_grad_norm: float = setting(1.0, "gradient clipping; 0: none")
     seed: int = setting(42, "seed of weights, data order and dropout")
     precision: str = setting(
-        "auto", "trainable part: bf16 autocast over fp32 weights, or fp32; auto: bf16 on GPUs",
+        "auto",
+        "trainable part: bf16 autocast over fp32 weights, or fp32; auto: bf16 on GPUs",
         choices=("auto", "bf16", "fp32"),
     )
 
@@ -161,7 +165,8 @@ class BackboneConfig:
         "auto", "auto: bf16 on GPUs, fp32 on CPUs", choices=("auto", "bf16", "fp32", "nf4", "int8")
     )
     attn_implementation: str = setting(
-        "auto", "auto: flash_attention_2 where installed on a GPU, else sdpa",
+        "auto",
+        "auto: flash_attention_2 where installed on a GPU, else sdpa",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with a model")
@@ -176,8 +181,8 @@ class EvalConfig:
         "prompt kinds to evaluate: text, latent, token_budget, span_text, no_context, shuffled",
     )
     protocol: str = setting(
-        "clean", "clean: no EOS ban; seed: min_new_tokens and eos_ban_steps apply; or both, as "
-        "clean,seed"
+        "clean",
+        "clean: no EOS ban; seed: min_new_tokens and eos_ban_steps apply; or both, as clean,seed",
     )
     max_new_tokens: int = setting(24, "longest generated answer")
     chunk_size: int = setting(64, "questions per generation batch")
@@ -230,9 +235,7 @@ class Config:
 
 
 GROUPS: dict[str, type] = {
-    name: kind
-    for name, kind in get_type_hints(Config).items()
-    if dataclasses.is_dataclass(kind)
+    name: kind for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
 }
 """Group name -> dataclass, in the order of `Config`."""
 

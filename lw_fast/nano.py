@@ -50,6 +50,13 @@ class PretrainConfig:
     """Share of rows whose question comes before the context."""
 
 
+# Qwen2's own split: transformers puts it in whenever it loads a tokenizer beside a Qwen2 config.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 class Row(NamedTuple):
     """Some prompts with their answers that share a beginning; each continues the trunk alone."""
 
@@ -77,9 +84,8 @@ def build_tokenizer(arch: str, config: PretrainConfig) -> Any:
     else:
         special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         tokenizer.normalizer = normalizers.NFC()
-        words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
         tokenizer.pre_tokenizer = pre.Sequence(
-            [pre.Split(Regex(words), "isolated"), pre.ByteLevel(False, use_regex=False)]
+            [pre.Split(Regex(_QWEN2_WORDS), "isolated"), pre.ByteLevel(False, use_regex=False)]
         )
     trainer = trainers.BpeTrainer(
         vocab_size=config.llama_vocab if arch == "llama" else config.qwen_vocab,

@@ -1,0 +1,188 @@
+"""Pre-tokenised tables on the device, and the batches cut from them.
+
+Everything is tokenised once. Tables live on the device; what decides shapes (lengths) stays on
+the host as numpy too, so that cutting a batch never waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lw_fast.config import Config
+from lw_fast.data import Example
+from lw_fast.encoder import SourceBatch
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.sequence import Frame, make_frame, pair_targets, tokenize_answers
+from lw_fast.source import Sources
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Host array -> device tensor; asynchronous on GPUs."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """The answer side of one batch for one LM."""
+
+    head_H: Tensor
+    """int64 BOS token, or empty."""
+    tail_BT: Tensor
+    """int64: anchor and answer ids, right-padded; T = A + L."""
+    position_N: Tensor
+    """int64: supervised rows in the flattened [B * S] positions."""
+    target_N: Tensor
+    """int64: the token each row predicts."""
+    first_N: Tensor
+    """bool: rows that predict the first answer token."""
+    num_positions: int
+    """Real (not padded) positions, for the FLOP count."""
+
+    @property
+    def num_rows(self) -> int:
+        """Supervised rows N."""
+        return len(self.target_N)
+
+
+class AnswerTable:
+    """All answers of a data set, tokenised for one LM."""
+
+    def __init__(self, lm: FrozenLM, answers: Sequence[str], config: Config) -> None:
+        self.frame: Frame = make_frame(lm.tokenizer, config.sequence)
+        ids, self.complete_N = tokenize_answers(
+            lm.tokenizer, config.sequence.warm_anchor_text, answers, config.data.max_answer_tokens
+        )
+        self.length_N = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        self.ids_NL = np.zeros((len(ids), max(self.length_N.max(initial=1), 1)), dtype=np.int64)
+        for row, tokens in zip(self.ids_NL, ids, strict=True):
+            row[: len(tokens)] = tokens
+        self.latent_len = config.encoder.latent_len
+        self.pairing = config.loss.pairing
+        self.device = lm.device
+
+    def num_targets(self, index: np.ndarray) -> int:
+        """Supervised rows that `index` will have."""
+        shift = self.pairing == "double_shift"
+        return int((self.length_N[index] + self.complete_N[index] - shift).clip(min=0).sum())
+
+    def batch(self, index: np.ndarray) -> AnswerBatch:
+        """The answers of `index`, padded to the longest among them."""
+        length_B = self.length_N[index]
+        answers_BL = self.ids_NL[index, : length_B.max()]
+        anchor = np.tile(np.array(self.frame.anchor, dtype=np.int64), (len(index), 1))
+        prefix_len = len(self.frame.head) + self.latent_len + len(self.frame.anchor)
+        rows = pair_targets(
+            answers_BL,
+            length_B,
+            self.complete_N[index],
+            prefix_len=prefix_len,
+            seq_len=prefix_len + answers_BL.shape[1],
+            eos=self.frame.eos,
+            pairing=self.pairing,
+        )
+        return AnswerBatch(
+            head_H=torch.tensor(self.frame.head, dtype=torch.int64, device=self.device),
+            tail_BT=to_device(np.concatenate([anchor, answers_BL], axis=1), self.device),
+            position_N=to_device(rows.position, self.device),
+            target_N=to_device(rows.target, self.device),
+            first_N=to_device(rows.first, self.device),
+            num_positions=int(prefix_len * len(index) + length_B.sum()),
+        )
+
+
+class SourceTable:
+    """All sources of a data set as units (bytes or reader tokens) on the device."""
+
+    def __init__(self, sources: Sources, supervise_N: np.ndarray, device: torch.device) -> None:
+        """supervise_N: bool, False for spans to repeat, which no question asks for."""
+        self.device = device
+        self.offsets_N1 = sources.offsets
+        self.length_N = np.diff(sources.offsets)
+        # One spare batch width of zeros lets every row be read at the batch's full width.
+        flat = np.concatenate([sources.ids, np.zeros(int(self.length_N.max()), sources.ids.dtype)])
+        self.flat_ids = torch.from_numpy(flat).to(device)
+        self.span_N2 = sources.span.astype(np.int64)
+        self.context_start_N = np.asarray(sources.context_start, dtype=np.int64)
+        self.supervise_N = supervise_N
+
+    def __len__(self) -> int:
+        return len(self.length_N)
+
+    def num_spans(self, index: np.ndarray) -> int:
+        """Examples of `index` whose span is known and supervised."""
+        return int(((self.span_N2[index, 0] >= 0) & self.supervise_N[index]).sum())
+
+    def batch(self, index: np.ndarray, use_gold_B: np.ndarray | None = None) -> SourceBatch:
+        """The sources of `index`, padded to the longest; `use_gold_B` as in SourceBatch."""
+        if use_gold_B is None:
+            use_gold_B = np.zeros(len(index), dtype=bool)
+        length_B = self.length_N[index]
+        columns = [self.offsets_N1[index], length_B, self.context_start_N[index]]
+        flags = [self.supervise_N[index], use_gold_B | ~self.supervise_N[index]]
+        facts = np.stack([*columns, *self.span_N2[index].T, *flags], axis=1).astype(np.int64)
+        facts_BK = to_device(facts, self.device)
+        offset_B1, length_B1, start_B1 = facts_BK[:, :3].split(1, dim=1)
+        unit_U = torch.arange(int(length_B.max()), device=self.device)
+        mask_BU = unit_U < length_B1
+        ids_BU = self.flat_ids[offset_B1 + unit_U].long() * mask_BU
+        return SourceBatch(
+            ids_BU=ids_BU,
+            mask_BU=mask_BU,
+            context_BU=mask_BU & (unit_U >= start_B1),
+            span_B2=facts_BK[:, 3:5],
+            span_loss_B=facts_BK[:, 5].bool(),
+            use_gold_B=facts_BK[:, 6].bool(),
+        )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One data set, ready for training."""
+
+    sources: SourceTable
+    answers: Mapping[str, AnswerTable]
+    examples: Sequence[Example]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which example is trained on when: a permutation per epoch, the same for any world size."""
+
+    num_examples: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the rest of the permutation is left out of that epoch."""
+        return self.num_examples // self.batch_size
+
+    def step(self, global_step: int) -> np.ndarray:
+        """Example indices [batch_size] of an optimiser step counted from 0."""
+        epoch, step = divmod(global_step, self.steps_per_epoch)
+        permutation = _permutation(self.num_examples, self.seed, epoch)
+        return permutation[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+def micro_slices(batch_size: int, rank: int, world_size: int, micro: int) -> list[slice]:
+    """The parts of a global batch that one rank works on, one after the other."""
+    per_rank = batch_size // world_size
+    start = rank * per_rank
+    return [slice(start + i, start + min(i + micro, per_rank)) for i in range(0, per_rank, micro)]

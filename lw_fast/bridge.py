@@ -1,0 +1,204 @@
+"""LatentBridge, everything that is trained, and the loss that joins it with the frozen LMs.
+
+One forward pass per LM serves every loss and metric: rows that predict something are gathered
+before `lm_head`, and the first-token term reads the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lw_fast.adapter import Adapter, calibrate, rms
+from lw_fast.batches import AnswerBatch
+from lw_fast.config import Config, LossConfig
+from lw_fast.encoder import Encoded, SourceBatch, build_encoder
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum, token_scores
+
+STATS = ("nll_sum", "first_nll_sum", "first_top1_sum", "first_top5_sum", "row_top1_sum")
+"""What `frozen_lm_loss` reports per LM, summed over the batch, in this order."""
+
+
+@dataclass(frozen=True)
+class BridgeOutput:
+    """What one pass through the bridge yields."""
+
+    encoded: Encoded
+    prefix: Mapping[str, Tensor]
+    """Calibrated prefix per LM, fp32 [B, M, D]."""
+    raw_rms: Mapping[str, Tensor]
+    """RMS of the uncalibrated prefix per LM, fp32 [B]."""
+
+
+class LatentBridge(nn.Module):
+    """Encoder and one adapter per LM."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        d_model: Mapping[str, int],
+        embed_rms: Mapping[str, float],
+        reader_dim: int = 0,
+        num_states: int = 0,
+        autocast: bool = False,
+    ) -> None:
+        """`d_model` and `embed_rms` per LM; `reader_dim`, `num_states` for encoder_type=lm."""
+        super().__init__()
+        self.encoder = build_encoder(config, reader_dim=reader_dim, num_states=num_states)
+        self.adapters = nn.ModuleDict(
+            {
+                name: Adapter(config.encoder.d_z, dim, config.adapter)
+                for name, dim in d_model.items()
+            }
+        )
+        self.embed_rms = dict(embed_rms)
+        self.config = config.adapter
+        self.autocast = autocast
+
+    def forward(self, source: SourceBatch) -> BridgeOutput:
+        """Source -> Z -> one calibrated prefix per LM."""
+        with self.precision(source.ids_BU.device):
+            encoded = self.encoder(source)
+            raw = {name: adapter(encoded.z_BMZ) for name, adapter in self.adapters.items()}
+        return BridgeOutput(
+            encoded=encoded,
+            prefix={name: self.calibrate(name, raw_BMD) for name, raw_BMD in raw.items()},
+            raw_rms={name: rms(raw_BMD, (-2, -1)) for name, raw_BMD in raw.items()},
+        )
+
+    def prefix(self, name: str, z_BMZ: Tensor, gain: float = 1.0) -> Tensor:
+        """Z [B, M, d_z] -> the calibrated prefix of one LM, fp32 [B, M, D]."""
+        with self.precision(z_BMZ.device):
+            raw_BMD = self.adapters[name](z_BMZ)
+        return self.calibrate(name, raw_BMD, gain)
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """The autocast context in which the trainable part computes."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast)
+
+    def calibrate(self, name: str, raw_BMD: Tensor, gain: float = 1.0) -> Tensor:
+        """The raw prefix of one LM at that LM's loudness, fp32 [B, M, D]."""
+        mode = self.config.calibration
+        target = self.config.prefix_target_rms if mode == "fixed" else self.embed_rms[name]
+        return calibrate(raw_BMD, mode, target, gain)
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a whole optimiser step holds, over all micro-batches and devices."""
+
+    examples: int
+    spans: int
+    rows: Mapping[str, int]
+    """Supervised rows per LM."""
+
+
+def frame_prefix(lm: FrozenLM, head_H: Tensor, prefix_BMD: Tensor, tail_BT: Tensor) -> Tensor:
+    """[head][prefix][tail] as input embeddings [B, H + M + T, D] in the LM's dtype."""
+    batch = len(prefix_BMD)
+    head_BHD = lm.embed(head_H).expand(batch, -1, -1)
+    return torch.cat([head_BHD, prefix_BMD.to(lm.dtype), lm.embed(tail_BT)], dim=1)
+
+
+def supervised_scores(lm: FrozenLM, prefix_BMD: Tensor, answers: AnswerBatch):
+    """TokenScores of the rows that predict an answer token, from one forward pass."""
+    embeds_BSD = frame_prefix(lm, answers.head_H, prefix_BMD, answers.tail_BT)
+    hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[answers.position_N]
+    return token_scores(lm.logits(hidden_ND), answers.target_N)
+
+
+class _FrozenLMLoss(torch.autograd.Function):
+    """Runs forward AND backward of a frozen LM at once and keeps only the prefix gradient.
+
+    Nothing behind the prefix is trained, so the LM's graph can go before the next LM starts: peak
+    memory is that of the largest LM, not of their sum. The result is an ordinary scalar to any
+    engine.
+    """
+
+    @staticmethod
+    def forward(ctx, prefix_BMD: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        with torch.enable_grad():
+            leaf_BMD = prefix_BMD.detach().requires_grad_()
+            loss, stats = run(leaf_BMD)
+            (grad_BMD,) = torch.autograd.grad(loss, leaf_BMD)
+        ctx.save_for_backward(grad_BMD)
+        ctx.mark_non_differentiable(stats)
+        return loss.detach(), stats
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _grad_stats: Tensor):
+        (grad_BMD,) = ctx.saved_tensors
+        return grad_loss * grad_BMD, None
+
+
+def frozen_lm_loss(
+    lm: FrozenLM,
+    prefix_BMD: Tensor,
+    answers: AnswerBatch,
+    *,
+    row_weight: float,
+    first_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """(weighted NLL of the answers, STATS [5]) of one LM; the gradient flows to the prefix."""
+
+    def run(prefix_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        scores = supervised_scores(lm, prefix_BMD, answers)
+        first_nll = (scores.nll_N * answers.first_N).sum()
+        nll = scores.nll_N.sum()
+        hits = (
+            (scores.top1_N & answers.first_N).sum(),
+            (scores.top5_N & answers.first_N).sum(),
+            scores.top1_N.sum(),
+        )
+        stats = torch.stack([nll.detach(), first_nll.detach(), *(hit.float() for hit in hits)])
+        return row_weight * nll + first_weight * first_nll, stats
+
+    if torch.is_grad_enabled() and prefix_BMD.requires_grad:
+        return _FrozenLMLoss.apply(prefix_BMD, run)
+    return run(prefix_BMD)
+
+
+def step_loss(
+    output: BridgeOutput,
+    source: SourceBatch,
+    answers: Mapping[str, AnswerBatch],
+    lms: Mapping[str, FrozenLM],
+    bridge: LatentBridge,
+    counts: StepCounts,
+    loss: LossConfig,
+    span_weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's share of the step's loss, and sums to log (detached, on the device).
+
+    The shares of all micro-batches on all devices add up to the loss of the step.
+    """
+    num_lms, share = len(lms), len(source.ids_BU) / counts.examples
+    total, sums = output.encoded.z_BMZ.new_zeros((), dtype=torch.float32), {}
+    for name, lm in lms.items():
+        lm_loss, sums[name] = frozen_lm_loss(
+            lm,
+            output.prefix[name],
+            answers[name],
+            row_weight=1 / (num_lms * counts.rows[name]),
+            first_weight=loss.first_token_ce_weight / (num_lms * counts.examples),
+        )
+        total = total + lm_loss
+        if loss.adapter_rms_l2:
+            penalty = rms_penalty(output.raw_rms[name], bridge.embed_rms[name])
+            total = total + loss.adapter_rms_l2 * penalty / counts.examples
+    if loss.scale_l2:
+        scales = [adapter.scale for adapter in bridge.adapters.values()]
+        total = total + loss.scale_l2 * share * scale_penalty(scales)
+    if output.encoded.span_logits_BU2 is not None:
+        span_B2 = torch.where(source.span_loss_B[:, None], source.span_B2, -1)
+        logits_BU2 = output.encoded.span_logits_BU2[:, : source.context_BU.shape[1]]
+        span_sum = span_loss_sum(logits_BU2, span_B2, source.context_BU)
+        total = total + span_weight / max(counts.spans, 1) * span_sum
+        sums["span"] = span_sum.detach()
+    sums["loss"] = total.detach()
+    return total, sums

@@ -1,0 +1,404 @@
+"""Evaluation: every prompt kind on every LM, generated and scored, into metrics.json.
+
+    metrics[kind][lm]           protocol clean: an answer may end whenever the LM ends it
+    metrics["seed"][kind][lm]   protocol seed: stop tokens banned as in the original, when asked for
+
+A kind that was not run is absent, never zero. `nll_token` is the mean over the tokens of the first
+gold answer; EOS is not among them, because an untuned LM behind a text prompt goes on writing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lw_fast.batches import to_device
+from lw_fast.config import EvalConfig
+from lw_fast.data import Example
+from lw_fast.decode import DecodeRules, greedy
+from lw_fast.errors import UserError
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.losses import token_scores
+from lw_fast.model import LatentModel
+from lw_fast.prompts import KINDS, Latents, Prompts, make_prompts, text_prompt
+from lw_fast.scoring import (
+    agreement,
+    clean_prediction,
+    most_frequent,
+    oracle,
+    score,
+    unique_count,
+)
+from lw_fast.sequence import Frame, make_frame, pair_targets, tokenize_answers
+
+COLLAPSE_ALARM = 0.95
+"""Mean pairwise cosine of Z above which the latents say nothing about their source."""
+COSINE_EXAMPLES = 256
+
+PROTOCOLS = ("clean", "seed")
+
+
+@dataclass(frozen=True)
+class GoldScores:
+    """Teacher-forced scores of one answer per example; arrays of length N."""
+
+    nll: np.ndarray
+    """Summed over the answer's tokens (and EOS, if asked for), nats."""
+    tokens: np.ndarray
+    first_top1: np.ndarray
+    first_top5: np.ndarray
+
+
+@dataclass
+class Result:
+    """One prompt kind on one LM."""
+
+    predictions: list[str]
+    scores: GoldScores
+    seconds: float
+    prompt_tokens: float
+
+
+def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> dict[str, Any]:
+    """Evaluates a model, writes metrics.json and predictions.jsonl, returns the metrics."""
+    kinds, protocols = _kinds(model.config.eval, model), _protocols(model.config.eval)
+    model.bridge.eval()
+    started = time.perf_counter()
+    latents = encode(model, examples)
+    encode_seconds = time.perf_counter() - started
+    results: dict[str, dict[str, dict[str, Result]]] = {
+        protocol: {
+            kind: {
+                name: run_kind(kind, protocol, lm, model, examples, latents)
+                for name, lm in model.lms.items()
+            }
+            for kind in kinds
+        }
+        for protocol in protocols
+    }
+    metrics = _metrics(model, examples, latents, results, encode_seconds)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=True) + "\n")
+    _write_predictions(out_dir / "predictions.jsonl", examples, latents, results)
+    return metrics
+
+
+def _kinds(config: EvalConfig, model: LatentModel) -> list[str]:
+    kinds = [kind.strip() for kind in config.kinds.split(",") if kind.strip()]
+    if unknown := set(kinds) - set(KINDS):
+        raise UserError(
+            f"kinds: unknown {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}"
+        )
+    if "span_text" in kinds and not model.config.encoder.span_head:
+        raise UserError("kinds: span_text needs an encoder with a span head")
+    if "span_text" in kinds and model.config.encoder.encoder_type == "byte_seed":
+        raise UserError("kinds: span_text needs encoder_type byte or lm")
+    return kinds
+
+
+def _protocols(config: EvalConfig) -> list[str]:
+    protocols = [word.strip() for word in config.protocol.split(",") if word.strip()]
+    if not protocols or set(protocols) - set(PROTOCOLS):
+        raise UserError(f"protocol must name some of {', '.join(PROTOCOLS)}: {config.protocol!r}")
+    return protocols
+
+
+@torch.no_grad()
+def encode(model: LatentModel, examples: Sequence[Example]) -> Latents:
+    """Z [N, M, d_z] (fp32) of every example and the text of the predicted spans."""
+    sources = model.sources(examples)
+    table = model.source_table(examples)
+    z, spans = [], []
+    for index in _chunks(len(examples), model.config.eval.chunk_size):
+        with model.bridge.precision(model.device):
+            encoded = model.bridge.encoder(model.batch(table, index))
+        z.append(encoded.z_BMZ.float())
+        if encoded.predicted_B2 is not None:
+            spans.extend(encoded.predicted_B2.tolist())
+    texts = [
+        _unit_text(model, sources[i][first : last + 1]) for i, (first, last) in enumerate(spans)
+    ]
+    return Latents(torch.cat(z), texts or None)
+
+
+def _unit_text(model: LatentModel, units: np.ndarray) -> str:
+    if model.reader is not None:
+        return model.reader.lm.tokenizer.decode(units.tolist()).strip()
+    return units.tobytes().decode(errors="ignore").strip()
+
+
+def run_kind(
+    kind: str,
+    protocol: str,
+    lm: FrozenLM,
+    model: LatentModel,
+    examples: Sequence[Example],
+    latents: Latents,
+) -> Result:
+    """Generates and scores one kind on one LM."""
+    config = model.config
+    started = time.perf_counter()
+    frame = make_frame(lm.tokenizer, config.sequence)
+    prompts = make_prompts(
+        kind, lm, frame, examples, latents, model.bridge,
+        gain=config.adapter.prefix_gain,
+        token_budget_k=config.eval.token_budget_k or config.encoder.latent_len,
+    )  # fmt: skip
+    golds = [example.answers[0] if example.answers else "" for example in examples]
+    ban = max(config.eval.min_new_tokens, config.eval.eos_ban_steps) if protocol == "seed" else 0
+    rules = DecodeRules(config.eval.max_new_tokens, ban)
+    predictions = generate(lm, prompts, rules, config.eval.chunk_size)
+    scores = score_answers(lm, frame, prompts, golds, model, count_eos=False)
+    return Result(
+        predictions=predictions,
+        scores=scores,
+        seconds=time.perf_counter() - started,
+        prompt_tokens=float(np.mean(prompts.lengths)),
+    )
+
+
+def generate(lm: FrozenLM, prompts: Prompts, rules: DecodeRules, chunk_size: int) -> list[str]:
+    """Greedy answers, cleaned. Prompts of like length share a batch, so little is padded."""
+    answers = [""] * len(prompts.lengths)
+    order = np.argsort(prompts.lengths, kind="stable")
+    for index in np.array_split(order, max(1, -(-len(order) // chunk_size))):
+        rows = greedy(lm, prompts.embeds(index), rules)
+        texts = lm.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for i, text in zip(index, texts, strict=True):
+            answers[i] = clean_prediction(text)
+    return answers
+
+
+@torch.no_grad()
+def score_answers(
+    lm: FrozenLM,
+    frame: Frame,
+    prompts: Prompts,
+    answers: Sequence[str],
+    model: LatentModel,
+    *,
+    count_eos: bool,
+) -> GoldScores:
+    """Teacher-forced log-likelihood of one answer per prompt."""
+    config = model.config
+    ids, complete = tokenize_answers(
+        lm.tokenizer, config.sequence.warm_anchor_text, answers, config.data.max_answer_tokens
+    )
+    complete = complete & count_eos
+    out = GoldScores(*(np.zeros(len(answers)) for _ in range(4)))
+    order = np.argsort(prompts.lengths, kind="stable")
+    for index in np.array_split(order, max(1, -(-len(order) // config.eval.chunk_size))):
+        _score_chunk(
+            lm, frame, prompts.embeds(index), [ids[i] for i in index], complete[index], index, out
+        )
+    return out
+
+
+def _score_chunk(
+    lm: FrozenLM,
+    frame: Frame,
+    prompts: Sequence[Tensor],
+    ids: Sequence[Sequence[int]],
+    complete_B: np.ndarray,
+    index: np.ndarray,
+    out: GoldScores,
+) -> None:
+    length_B = np.array([len(tokens) for tokens in ids])
+    answers_BL = np.zeros((len(ids), max(length_B.max(), 1)), dtype=np.int64)
+    for row, tokens in zip(answers_BL, ids, strict=True):
+        row[: len(tokens)] = tokens
+    answer_embeds = lm.embed(to_device(answers_BL, lm.device))
+    whole = [
+        torch.cat([prompt, answer[:length]])
+        for prompt, answer, length in zip(prompts, answer_embeds, length_B, strict=True)
+    ]
+    embeds_BSD = pad_sequence(whole, batch_first=True)
+    rows = pair_targets(
+        answers_BL,
+        length_B,
+        complete_B,
+        prefix_len=np.array([len(prompt) for prompt in prompts]),
+        seq_len=embeds_BSD.shape[1],
+        eos=frame.eos,
+    )
+    hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[to_device(rows.position, lm.device)]
+    scores = token_scores(lm.logits(hidden_ND), to_device(rows.target, lm.device))
+    np.add.at(out.nll, index[rows.example], scores.nll_N.cpu().numpy())
+    np.add.at(out.tokens, index[rows.example], 1)
+    first = index[rows.example[rows.first]]
+    out.first_top1[first] = scores.top1_N.cpu().numpy()[rows.first]
+    out.first_top5[first] = scores.top5_N.cpu().numpy()[rows.first]
+
+
+def _chunks(num: int, size: int) -> list[np.ndarray]:
+    return [np.arange(start, min(start + size, num)) for start in range(0, num, size)]
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+def golds_of(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """The gold answers of each example."""
+    return [example.answers for example in examples]
+
+
+def _kind_metrics(result: Result, examples: Sequence[Example]) -> dict[str, float]:
+    scores = result.scores
+    return {
+        **score(result.predictions, golds_of(examples)).means(),
+        "nll_token": float(scores.nll.sum() / max(scores.tokens.sum(), 1)),
+        "first_token_top1": float(scores.first_top1.mean()),
+        "first_token_top5": float(scores.first_top5.mean()),
+        "unique_predictions": unique_count(result.predictions),
+        "most_frequent_share": most_frequent(result.predictions).share,
+        "prompt_tokens": result.prompt_tokens,
+        "wall_clock_sec": result.seconds,
+    }
+
+
+def _metrics(
+    model: LatentModel,
+    examples: Sequence[Example],
+    latents: Latents,
+    results: Mapping[str, Mapping[str, Mapping[str, Result]]],
+    encode_seconds: float,
+) -> dict[str, Any]:
+    config = model.config
+    text_tokens = {
+        name: float(np.mean([len(ids) for ids in _text_ids(lm, examples)]))
+        for name, lm in model.lms.items()
+    }
+    num_latents = config.encoder.latent_len
+    metrics: dict[str, Any] = {
+        "samples": len(examples),
+        "dataset": config.data.eval_dataset or config.data.dataset,
+        "max_new_tokens": config.eval.max_new_tokens,
+        "latent_len": num_latents,
+        "d_z": config.encoder.d_z,
+        "device": str(model.device),
+        "dtype": {name: str(lm.dtype).removeprefix("torch.") for name, lm in model.lms.items()},
+        "avg_prompt_tokens": text_tokens,
+        "compression": {name: tokens / num_latents for name, tokens in text_tokens.items()},
+        "payload_bytes": {
+            "fp32": 4 * num_latents * config.encoder.d_z,
+            "fp16": 2 * num_latents * config.encoder.d_z,
+            "text_utf8": float(
+                np.mean([len(text_prompt(e.context, e.question).encode()) for e in examples])
+            ),
+        },
+        "encode_sec": encode_seconds,
+        "diagnostics": _diagnostics(model, latents),
+    }
+    if latents.span_text is not None:
+        span = score(latents.span_text, golds_of(examples)).means()
+        metrics["span"] = {"em": span["em"], "f1": span["f1"]}
+    for protocol, kinds in results.items():
+        table = metrics if protocol == "clean" else metrics.setdefault(protocol, {})
+        for kind, per_lm in kinds.items():
+            table[kind] = {name: _kind_metrics(r, examples) for name, r in per_lm.items()}
+        if len(kinds.get("latent", {})) > 1:
+            table["joint"] = _joint(model, examples, latents, kinds["latent"])
+    return metrics
+
+
+def _text_ids(lm: FrozenLM, examples: Sequence[Example]) -> list[list[int]]:
+    texts = [text_prompt(e.context, e.question) for e in examples]
+    return lm.tokenizer(texts, add_special_tokens=False).input_ids
+
+
+def _joint(
+    model: LatentModel,
+    examples: Sequence[Example],
+    latents: Latents,
+    results: Mapping[str, Result],
+) -> dict[str, float]:
+    """The LMs' latent answers together: the pick with the highest summed log-likelihood under all
+    LMs, how often they agree, and the best of them by F1 (the oracle)."""
+    candidates = [result.predictions for result in results.values()]
+    nll = np.zeros((len(candidates), len(examples)))
+    for lm in model.lms.values():
+        frame = make_frame(lm.tokenizer, model.config.sequence)
+        prompts = make_prompts(
+            "latent", lm, frame, examples, latents, model.bridge,
+            gain=model.config.adapter.prefix_gain, token_budget_k=0,
+        )  # fmt: skip
+        for row, answers in zip(nll, candidates, strict=True):
+            row += score_answers(lm, frame, prompts, answers, model, count_eos=True).nll
+    pick = nll.argmin(0)
+    picked = [candidates[choice][i] for i, choice in enumerate(pick)]
+    golds = golds_of(examples)
+    joint = score(picked, golds).means()
+    return {
+        "em": joint["em"],
+        "f1": joint["f1"],
+        "agreement": float(np.mean([agreement(candidates[0], other) for other in candidates[1:]])),
+        "oracle_f1": oracle(*(score(answers, golds).f1 for answers in candidates)),
+    }
+
+
+@torch.no_grad()
+def _diagnostics(model: LatentModel, latents: Latents) -> dict[str, Any]:
+    """Is Z alive (spread, not collapsed), and does the prefix have the LM's loudness?"""
+    z_NMZ = latents.z_NMZ[:COSINE_EXAMPLES]
+    flat = torch.nn.functional.normalize(z_NMZ.flatten(1), dim=1)
+    num = len(flat)
+    cosine = float(((flat @ flat.T).sum() - num) / (num * (num - 1))) if num > 1 else float("nan")
+    per_lm = {}
+    for name, lm in model.lms.items():
+        prefix_BMD = model.bridge.prefix(name, z_NMZ, model.config.adapter.prefix_gain)
+        per_lm[name] = {
+            "prefix_std": prefix_BMD.std().item(),
+            "embed_rms": lm.embed_rms,
+            "adapter_scale": model.bridge.adapters[name].scale.item(),
+        }
+    return {
+        "z_std": z_NMZ.std().item(),
+        "z_cosine": cosine,
+        "z_collapsed": cosine > COLLAPSE_ALARM,
+        "prefix": per_lm,
+    }
+
+
+def _write_predictions(
+    path: Path,
+    examples: Sequence[Example],
+    latents: Latents,
+    results: Mapping[str, Mapping[str, Mapping[str, Result]]],
+) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for i, example in enumerate(examples):
+            row: dict[str, Any] = {
+                "id": example.id,
+                "question": example.question,
+                "prompt_raw": text_prompt(example.context, example.question),
+                "gold": example.answers[0] if example.answers else "",
+                "golds": list(example.answers),
+            }
+            if latents.span_text is not None:
+                row["span_pred"] = latents.span_text[i]
+            for protocol, kinds in results.items():
+                prefix = "" if protocol == "clean" else f"{protocol}_"
+                for kind, per_lm in kinds.items():
+                    for name, result in per_lm.items():
+                        row[f"{prefix}{kind}_pred_{name}"] = result.predictions[i]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def table_rows(metrics: Mapping[str, Any], lms: Sequence[str]) -> list[tuple[str, ...]]:
+    """(LM, kind, EM, F1, NLL/token, FirstTok@1, FirstTok@5) per kind that was run."""
+    columns = ("em", "f1", "nll_token", "first_token_top1", "first_token_top5")
+    return [
+        (name, kind, *(f"{metrics[kind][name][column]:.3f}" for column in columns))
+        for name in lms
+        for kind in KINDS
+        if kind in metrics
+    ]

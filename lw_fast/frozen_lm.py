@@ -1,0 +1,333 @@
+"""Loads Hugging Face causal LMs, frozen; the only importer of transformers (besides nano.py).
+
+A source is a hub name, a local folder, a .gguf file, `nano:llama` / `nano:qwen` (shipped with the
+package) or `random:NAME[@TOKENIZER]` (random weights of a known shape, for speed and memory work
+without downloads; TOKENIZER is a folder or .gguf file, by default the shipped nano one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lw_fast.config import BackboneConfig
+from lw_fast.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+RANDOM_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=False,
+    ),
+    "qwen2.5-7b": dict(
+        model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rms_norm_eps=1e-6,
+        max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+    ),
+    "smollm2-135m": dict(
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, rms_norm_eps=1e-5,
+        max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-0.5b": dict(
+        model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, rms_norm_eps=1e-6,
+        max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+"""Public shapes (the models' config.json on the Hugging Face hub)."""
+
+
+@dataclass
+class FrozenLM:
+    """One frozen causal LM and its tokenizer."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    source: str = ""
+    stop_ids: frozenset[int] = field(default=frozenset())
+    """Tokens that end a generated answer."""
+
+    @property
+    def d_model(self) -> int:
+        """Width D of the input embeddings."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows V of the output layer."""
+        return self.model.config.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the input embeddings, in which the LM computes."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LM lies."""
+        return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def embed_rms(self) -> float:
+        """RMS over ALL rows of the input embedding, computed once."""
+        weight = self.model.get_input_embeddings().weight
+        total = sum(chunk.float().square().sum().item() for chunk in weight.split(8192))
+        return (total / weight.numel()) ** 0.5
+
+    @cached_property
+    def num_layer_parameters(self) -> int:
+        """Parameters N of the decoder layers (what FLOPs are counted with)."""
+        shape = self.model.config
+        head_dim = getattr(shape, "head_dim", None) or (
+            shape.hidden_size // shape.num_attention_heads
+        )
+        width = shape.hidden_size
+        attention = (
+            width * head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
+        )
+        return shape.num_hidden_layers * (attention + 3 * width * shape.intermediate_size)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., D]."""
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(self, embeds_BSD: Tensor) -> Tensor:
+        """Right-padded input embeddings -> last hidden states [B, S, D], causal, no cache."""
+        return self.model.base_model(inputs_embeds=embeds_BSD, use_cache=False).last_hidden_state
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Rows of hidden states -> rows of logits [N, V]."""
+        return self.model.get_output_embeddings()(hidden_ND)
+
+    @torch.no_grad()
+    def states(self, ids_BU: Tensor, layers: Sequence[int]) -> Tensor:
+        """Hidden states of right-padded ids at `layers` (0 = embedding), side by side [B, U, F]."""
+        output = self.model.base_model(input_ids=ids_BU, use_cache=False, output_hidden_states=True)
+        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+
+    def resolve_layers(self, spec: str) -> tuple[int, ...]:
+        """`"0,0.6,22"` -> layer numbers: integers count layers, fractions the depth."""
+        depth = self.model.config.num_hidden_layers
+        try:
+            layers = tuple(
+                round(float(word) * depth) if "." in word else int(word) for word in spec.split(",")
+            )
+        except ValueError:
+            raise UserError(f"reader_layers: cannot read {spec!r}") from None
+        if not all(0 <= layer <= depth for layer in layers):
+            raise UserError(f"reader_layers {spec!r} is outside 0..{depth} of {self.name}")
+        return layers
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """bf16 on GPUs and fp32 on CPUs (where it is faster and exact), unless told otherwise."""
+    if choice == "fp32" or (choice == "auto" and device.type != "cuda"):
+        return torch.float32
+    return torch.bfloat16
+
+
+def load_frozen_lm(
+    name: str, source: str, config: BackboneConfig, device: torch.device
+) -> FrozenLM:
+    """Loads, freezes and checks one LM. What cannot be loaded is a UserError in one line."""
+    dtype = compute_dtype(config.backbone_dtype, device)
+    options = dict(dtype=dtype, attn_implementation=_attention(config, device))
+    if config.backbone_dtype in ("nf4", "int8"):
+        options["quantization_config"] = _quantization(config.backbone_dtype)
+        options["device_map"] = {"": device}
+    kind, _, rest = source.partition(":")
+    if kind == "random":
+        model, tokenizer = _random(rest, options, device)
+    else:
+        model, tokenizer = _pretrained(name, source, options, config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"lm.{name}: the tokenizer of {source} has no EOS token")
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    model.to(device) if "device_map" not in options else None
+    return FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer))
+
+
+def load_tokenizer(name: str, source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone of an LM source."""
+    from transformers import AutoTokenizer
+
+    folder = _resolve(name, source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"lm.{name}: no tokenizer at {source}: {_first_line(error)}") from None
+
+
+def _pretrained(name: str, source: str, options: dict, trust: bool) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(name, source, trust)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            _resolve(name, source), trust_remote_code=trust, use_safetensors=True, **options
+        )
+    except ImportError as error:
+        raise UserError(f"lm.{name}: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, _safetensors_error()) as error:
+        raise UserError(f"lm.{name}: cannot load {source}: {_first_line(error)}") from None
+    return model, tokenizer
+
+
+def _resolve(name: str, source: str) -> str:
+    """Turns a source into what from_pretrained takes: a folder or a hub name."""
+    if source.startswith("nano:"):
+        folder = resources.files("lw_fast") / "assets" / "nano" / source.removeprefix("nano:")
+        if not Path(str(folder)).is_dir():
+            raise UserError(
+                f"lm.{name}: there is no shipped LM {source}; try nano:llama, nano:qwen"
+            )
+        return str(folder)
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        return str(_convert_gguf(name, path))
+    if path.is_file():
+        raise UserError(f"lm.{name}: {source} is a file but not a .gguf model")
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not path.is_dir() and "/" in source:
+        raise UserError(f"lm.{name}: no such model folder: {source}")
+    return str(path) if path.is_dir() else source
+
+
+def _random(spec: str, options: dict, device: torch.device) -> tuple[nn.Module, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape_name, _, tokenizer_source = spec.partition("@")
+    if shape_name not in RANDOM_SHAPES:
+        raise UserError(f"random:{shape_name} is unknown; there are {', '.join(RANDOM_SHAPES)}")
+    if "quantization_config" in options:
+        raise UserError("random: LMs cannot be quantised on loading; save one to a folder first")
+    shape = dict(RANDOM_SHAPES[shape_name])
+    family = shape.pop("model_type")
+    config = AutoConfig.for_model(family, **shape)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    default = "nano:llama" if family == "llama" else "nano:qwen"
+    return model, load_tokenizer(shape_name, tokenizer_source or default)
+
+
+def _attention(config: BackboneConfig, device: torch.device) -> str:
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+
+
+def _quantization(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise UserError(f"backbone_dtype={kind} needs bitsandbytes: pip install 'lw_fast[quant]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """EOS of tokenizer and generation config, and the usual end-of-turn tokens."""
+    ids = {tokenizer.eos_token_id}
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    vocab = tokenizer.get_vocab()
+    ends = ("<|eot_id|>", "<|im_end|>", "</s>", "<|endoftext|>", "<|end_of_text|>")
+    ids.update(vocab[token] for token in ends if token in vocab)
+    return frozenset(ids)
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $LW_FAST_CACHE, else ~/.cache/lw_fast."""
+    base = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("LW_FAST_CACHE", Path(base) / "lw_fast"))
+
+
+def _convert_gguf(name: str, path: Path) -> Path:
+    """GGUF -> a folder with bf16 safetensors and tokenizer, once: GGUF metadata parses slowly."""
+    if not path.is_file():
+        raise UserError(f"lm.{name}: no such file: {path}")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    folder = cache_dir() / "gguf" / f"{path.stem}-{key.hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    logger.info("converting %s to safetensors in %s (once)", path, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    try:
+        model, tokenizer = _read_gguf(path)
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, ImportError) as error:
+        shutil.rmtree(work)
+        raise UserError(f"lm.{name}: {path} is not a readable GGUF: {_first_line(error)}") from None
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    try:
+        work.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(work)
+    return folder
+
+
+def _read_gguf(path: Path) -> tuple[nn.Module, Any]:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Newer transformers keep GGUF weights "quantised" unless told otherwise, which cannot be saved.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
+    where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(dtype=torch.bfloat16, **where, **options)
+    # A GGUF file with its own output matrix loads untied; saving must keep both matrices.
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.config.tie_word_embeddings = tied
+    return model, AutoTokenizer.from_pretrained(**where)
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

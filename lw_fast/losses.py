@@ -1,0 +1,65 @@
+"""Sums and counts, never means of means.
+
+Every loss is a sum over the rows at hand times a weight that already holds the count over the
+whole optimiser step (all micro-batches, all devices). Adding the pieces up therefore gives the
+same value however the batch is split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one look at the supervised rows yields; tensors of length N, no gradient but nll's."""
+
+    nll_N: Tensor
+    """Negative log-likelihood of the target, nats, fp32."""
+    top1_N: Tensor
+    """Whether no logit exceeds the target's (bool)."""
+    top5_N: Tensor
+    """Whether at most four logits exceed the target's (bool)."""
+
+
+def token_scores(logits_NV: Tensor, targets_N: Tensor) -> TokenScores:
+    """Scores rows of logits against their targets, in fp32."""
+    logits_NV = logits_NV.float()
+    nll_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+    with torch.no_grad():
+        gold_N1 = logits_NV.gather(1, targets_N[:, None])
+        above_N = (logits_NV > gold_N1).sum(1)
+        # NaN compares false with everything; it must not read as a hit.
+        valid_N = torch.isfinite(gold_N1[:, 0])
+    return TokenScores(nll_N, (above_N < 1) & valid_N, (above_N < 5) & valid_N)
+
+
+def span_loss_sum(span_logits_BU2: Tensor, span_B2: Tensor, mask_BU: Tensor) -> Tensor:
+    """Sum over examples with a known span of (start CE + end CE) / 2.
+
+    Args:
+        span_logits_BU2: start and end scores of every unit.
+        span_B2: gold first and last unit; negative where unknown (contributes nothing).
+        mask_BU: units that may start or end an answer.
+    """
+    logits_B2U = span_logits_BU2.float().masked_fill(~mask_BU[..., None], -1e9).transpose(1, 2)
+    return 0.5 * F.cross_entropy(
+        logits_B2U.reshape(-1, logits_B2U.shape[-1]),
+        torch.where(span_B2 < 0, -100, span_B2).reshape(-1),
+        ignore_index=-100,
+        reduction="sum",
+    )
+
+
+def scale_penalty(scales: list[Tensor]) -> Tensor:
+    """sum over adapters of (scale - 1)^2."""
+    return torch.stack([(scale - 1).square().sum() for scale in scales]).sum()
+
+
+def rms_penalty(raw_rms_B: Tensor, target_rms: float) -> Tensor:
+    """Sum over examples of (raw prefix RMS - target)^2."""
+    return (raw_rms_B - target_rms).square().sum()

@@ -1,0 +1,170 @@
+"""Puts the parts of a configuration together: frozen LMs, reader, bridge and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lw_fast import checkpoint
+from lw_fast.batches import AnswerTable, SourceTable, Tables
+from lw_fast.bridge import LatentBridge
+from lw_fast.config import Config, from_dict
+from lw_fast.data import Example, channel_examples, eval_spec, load_examples
+from lw_fast.errors import UserError
+from lw_fast.frozen_lm import FrozenLM, compute_dtype, load_frozen_lm
+from lw_fast.reader import Reader
+from lw_fast.source import Sources, byte_sources, token_sources
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """The frozen LMs, the reader if there is one, and the trainable bridge between them."""
+
+    config: Config
+    lms: Mapping[str, FrozenLM]
+    reader: Reader | None
+    bridge: LatentBridge
+    device: torch.device
+
+    def sources(self, examples: Sequence[Example]) -> Sources:
+        """Examples as the units that this model's encoder reads."""
+        encoder = self.config.encoder
+        if self.reader is None:
+            return byte_sources(examples, encoder.max_bytes)
+        return token_sources(examples, self.reader.lm.tokenizer, encoder.max_source_tokens)
+
+    def source_table(self, examples: Sequence[Example]) -> SourceTable:
+        """Sources on the device, read by the reader where its states fit."""
+        supervise_N = np.array([bool(example.question) for example in examples])
+        table = SourceTable(self.sources(examples), supervise_N, self.device)
+        if self.reader is not None:
+            self.reader.prepare(table)
+        return table
+
+    def tables(self, examples: Sequence[Example]) -> Tables:
+        """Everything a training step needs of `examples`, tokenised once."""
+        answers = [example.answers[0] for example in examples]
+        return Tables(
+            sources=self.source_table(examples),
+            answers={name: AnswerTable(lm, answers, self.config) for name, lm in self.lms.items()},
+            examples=examples,
+        )
+
+    def batch(self, table: SourceTable, index: np.ndarray, use_gold_B: np.ndarray | None = None):
+        """A SourceBatch with reader states where the encoder wants them."""
+        batch = table.batch(index, use_gold_B)
+        return batch if self.reader is None else self.reader(table, index, batch)
+
+
+def build_model(config: Config, device: torch.device) -> LatentModel:
+    """Loads every LM and builds a freshly initialised bridge (seeded by `seed`)."""
+    if not config.lm:
+        raise UserError("no frozen LM is named: give --lm.NAME SOURCE or a preset that has some")
+    lms = {
+        name: load_frozen_lm(name, source, config.backbone, device)
+        for name, source in config.lm.items()
+    }
+    reader = _reader(config, lms, device)
+    bridge = build_bridge(config, lms, reader, device)
+    return LatentModel(config, lms, reader, bridge, device)
+
+
+def build_bridge(
+    config: Config, lms: Mapping[str, FrozenLM], reader: Reader | None, device: torch.device
+) -> LatentBridge:
+    """A freshly initialised bridge, the same for the same seed."""
+    torch.manual_seed(config.optim.seed)
+    bridge = LatentBridge(
+        config,
+        d_model={name: lm.d_model for name, lm in lms.items()},
+        embed_rms={name: lm.embed_rms for name, lm in lms.items()},
+        reader_dim=reader.lm.d_model if reader else 0,
+        num_states=reader.num_states if reader else 0,
+        autocast=compute_dtype(config.optim.precision, device) == torch.bfloat16,
+    )
+    return bridge.to(device)
+
+
+def load_model(
+    path: Path,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+    lms: Mapping[str, str] | None = None,
+) -> LatentModel:
+    """A trained model from a checkpoint folder, with some settings or LM sources changed."""
+    saved = checkpoint.load(path)
+    table = {**saved.config["lm"], **(lms or {})}
+    if unknown := table.keys() - saved.adapters.keys():
+        raise UserError(f"{path} has no adapter for {', '.join(sorted(unknown))}")
+    config = from_dict({**saved.config, **(overrides or {}), "lm": table})
+    model = build_model(config, device)
+    try:
+        model.bridge.load_state_dict(join_state(saved.encoder, saved.adapters))
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit these settings: {error}") from None
+    return model
+
+
+def split_state(state: Mapping[str, Tensor]) -> tuple[dict, dict[str, dict]]:
+    """A bridge's state dict -> the encoder's and, per LM, the adapter's."""
+    encoder: dict[str, Tensor] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part == "encoder":
+            encoder[rest] = value
+        else:
+            name, _, rest = rest.partition(".")
+            adapters.setdefault(name, {})[rest] = value
+    return encoder, adapters
+
+
+def join_state(encoder: Mapping[str, Tensor], adapters: Mapping[str, Mapping[str, Tensor]]) -> dict:
+    """The inverse of split_state."""
+    return {
+        **{f"encoder.{key}": value for key, value in encoder.items()},
+        **{
+            f"adapters.{name}.{key}": value
+            for name, state in adapters.items()
+            for key, value in state.items()
+        },
+    }
+
+
+def _reader(config: Config, lms: Mapping[str, FrozenLM], device: torch.device) -> Reader | None:
+    encoder = config.encoder
+    if encoder.encoder_type != "lm":
+        return None
+    if not encoder.reader:
+        raise UserError("encoder_type=lm needs --reader: the name of an LM, or a source")
+    lm = lms.get(encoder.reader) or load_frozen_lm(
+        "reader", encoder.reader, config.backbone, device
+    )
+    return Reader(lm, encoder.reader_layers, encoder.reader_cache)
+
+
+def training_examples(config: Config) -> tuple[list[Example], str]:
+    """The training questions, then the spans to repeat; and one line about them for the log."""
+    data = config.data
+    loaded = load_examples(
+        data.dataset,
+        "train",
+        samples=data.samples,
+        seed=data.data_seed,
+        max_answer_chars=data.max_answer_chars,
+    )
+    spans = channel_examples(loaded.examples, data.channel_spans, data.data_seed)
+    return [*loaded.examples, *spans], f"{loaded.summary()}, {len(spans)} spans to repeat"
+
+
+def evaluation_examples(config: Config) -> list[Example]:
+    """The evaluation questions, in their seeded order."""
+    data = config.data
+    spec = eval_spec(data.dataset, data.eval_dataset)
+    return load_examples(spec, "eval", samples=data.eval_samples, seed=data.eval_seed).examples

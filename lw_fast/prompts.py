@@ -1,0 +1,101 @@
+"""The prompt kinds that are compared: what each puts between BOS and the anchor.
+
+text          the whole text prompt
+latent        the calibrated prefix of the example
+token_budget  the text prompt, cut to its first k tokens (k = latent_len by default)
+span_text     the span that the encoder predicts, as text, with the question
+no_context    the question alone
+shuffled      the prefix of another example
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lw_fast.bridge import LatentBridge
+from lw_fast.data import Example
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.sequence import Frame
+
+KINDS = ("text", "latent", "token_budget", "span_text", "no_context", "shuffled")
+LATENT_KINDS = ("latent", "shuffled")
+
+
+def text_prompt(context: str, question: str) -> str:
+    """The text that an LM reads in place of the latents; the anchor follows."""
+    return f"Context: {context}\nQuestion: {question}\n"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the encoder made of the evaluation questions."""
+
+    z_NMZ: Tensor
+    span_text: Sequence[str] | None
+    """The predicted span of every question, as text; None without a span head."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one kind for one LM: how long each is, and its embeddings on demand."""
+
+    lengths: Sequence[int]
+    embeds: Callable[[Sequence[int]], list[Tensor]]
+    """Examples -> the input embeddings [S, D] of each, from BOS to anchor."""
+
+
+def make_prompts(
+    kind: str,
+    lm: FrozenLM,
+    frame: Frame,
+    examples: Sequence[Example],
+    latents: Latents,
+    bridge: LatentBridge,
+    *,
+    gain: float,
+    token_budget_k: int,
+) -> Prompts:
+    """The prompts of `examples` for one LM; `latents` belong to the same examples."""
+    if kind in LATENT_KINDS:
+        return _latent_prompts(kind, lm, frame, latents, bridge, gain)
+    texts = {
+        "text": lambda: [text_prompt(e.context, e.question) for e in examples],
+        "token_budget": lambda: [text_prompt(e.context, e.question) for e in examples],
+        "span_text": lambda: [
+            text_prompt(span, e.question)
+            for e, span in zip(examples, latents.span_text or (), strict=True)
+        ],
+        "no_context": lambda: [f"Question: {e.question}\n" for e in examples],
+    }[kind]()
+    ids = lm.tokenizer(texts, add_special_tokens=False).input_ids
+    if kind == "token_budget":
+        ids = [tokens[:token_budget_k] for tokens in ids]
+    framed = [[*frame.head, *tokens, *frame.anchor] for tokens in ids]
+    return Prompts(
+        lengths=[len(tokens) for tokens in framed],
+        embeds=lambda index: [
+            lm.embed(torch.tensor(framed[i], dtype=torch.int64, device=lm.device)) for i in index
+        ],
+    )
+
+
+def _latent_prompts(
+    kind: str, lm: FrozenLM, frame: Frame, latents: Latents, bridge: LatentBridge, gain: float
+) -> Prompts:
+    num, latent_len = latents.z_NMZ.shape[:2]
+    # Half the (shuffled) set away, so that questions of one context do not swap places.
+    shift = num // 2 if kind == "shuffled" else 0
+    head_HD = lm.embed(torch.tensor(frame.head, dtype=torch.int64, device=lm.device))
+    anchor_AD = lm.embed(torch.tensor(frame.anchor, dtype=torch.int64, device=lm.device))
+
+    def embeds(index: Sequence[int]) -> list[Tensor]:
+        z_BMZ = latents.z_NMZ[[(i + shift) % num for i in index]]
+        prefix_BMD = bridge.prefix(lm.name, z_BMZ, gain).to(lm.dtype)
+        return [torch.cat([head_HD, prefix_MD, anchor_AD]) for prefix_MD in prefix_BMD]
+
+    length = len(frame.head) + latent_len + len(frame.anchor)
+    return Prompts(lengths=[length] * num, embeds=embeds)

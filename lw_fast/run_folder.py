@@ -1,0 +1,91 @@
+"""The folder of a run: who may write into it, and with which settings.
+
+config.json  environment.json  log.jsonl  tensorboard/  epochN/ (checkpoint)  eval_epochN/  latest
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lw_fast import checkpoint
+from lw_fast.config import RESUMABLE_CHANGES, Config, differences, from_dict, to_dict
+from lw_fast.errors import UserError
+from lw_fast.meters import environment
+
+CONFIG = "config.json"
+
+
+def read_config(folder: Path) -> Config:
+    """The settings of a run or checkpoint folder."""
+    path = folder / CONFIG
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise UserError(f"{folder} is not a run or checkpoint folder: it has no {CONFIG}") from None
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def prepare(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Makes the folder ready for this run, or refuses; writes config.json.
+
+    Raises:
+        UserError: it holds another run, or resuming would change what a training step computes.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite contradict each other")
+    if resume:
+        _check_same(read_config(run_dir), config)
+    elif run_dir.exists() and any(path.name != ".lock" for path in run_dir.iterdir()):
+        if not overwrite:
+            raise UserError(f"{run_dir} already holds a run: pass --resume or --overwrite")
+        if not (run_dir / CONFIG).exists():
+            raise UserError(f"{run_dir} is not a run folder (no {CONFIG}); it is not overwritten")
+        _clear(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(to_dict(config), indent=2)
+    (run_dir / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def _check_same(old: Config, new: Config) -> None:
+    changed = {k: v for k, v in differences(old, new).items() if k not in RESUMABLE_CHANGES}
+    if changed:
+        listed = ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items())
+        raise UserError(
+            f"--resume cannot change {listed}; to start a new run from these weights use --init_from"
+        )
+
+
+def _clear(run_dir: Path) -> None:
+    for path in run_dir.iterdir():
+        if path.name == ".lock":
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def append_row(run_dir: Path, row: Mapping[str, Any]) -> None:
+    """Adds one row to log.jsonl."""
+    with (run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_rows_after(run_dir: Path, step: int) -> None:
+    """Removes rows of steps that a resumed run will log again."""
+    path = run_dir / "log.jsonl"
+    if not path.exists():
+        return
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    kept = [json.dumps(row) for row in rows if row["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest complete one of a run folder."""
+    if not path.is_dir():
+        raise UserError(f"no such folder: {path}")
+    return path if (path / "state.pt").exists() else checkpoint.latest(path)

@@ -1,0 +1,152 @@
+"""The one place that says which position of an LM's input predicts which token.
+
+Per example the frozen LM reads
+
+    [head] [prefix_1 .. prefix_M] [anchor] [answer_1 .. answer_n] [padding]
+
+where `head` is the BOS token for tokenizers whose own encode() adds one, the prefix is the latent
+(or, for text prompts, the embedded text), and the anchor ends in BOS if the policy says so.
+The last position before the answer predicts answer_1, answer_i predicts answer_(i+1) and answer_n
+predicts EOS. EOS is a target only: no target follows it, so it is never an input. Padding stands
+on the right, where causal attention cannot see it: no attention mask is needed, and padding is
+told by length, never by token id (pad == eos is common).
+
+Targets are explicit (row, token) pairs. The `labels=` of a Hugging Face model, which shift once
+more on their own, are never used: that was the original experiment's fault.
+
+Letters in names: B examples, M latents, H head tokens, A anchor tokens, L answer tokens of the
+longest example, S = H + M + A + L positions, N supervised rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lw_fast.config import SequenceConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The constant tokens around the prefix, for one LM."""
+
+    head: tuple[int, ...]
+    """BOS, or nothing."""
+    anchor: tuple[int, ...]
+    """Tokens between prefix and answer."""
+    eos: int
+    """The target that ends an answer."""
+
+
+@dataclass(frozen=True)
+class SupervisedRows:
+    """(position -> token) pairs of one batch; numpy int64 arrays of length N.
+
+    `position` indexes the flattened [B * S] positions; `example` the batch; `first` marks (as
+    bool) the row that predicts the first answer token.
+    """
+
+    position: np.ndarray
+    target: np.ndarray
+    example: np.ndarray
+    first: np.ndarray
+
+
+def head_ids(tokenizer) -> tuple[int, ...]:
+    """(BOS,) if the tokenizer's own encode() puts it in front, else ()."""
+    ids = tokenizer("a").input_ids
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and ids and ids[0] == bos else ()
+
+
+def anchor_ids(tokenizer, text: str, append_bos: str) -> tuple[int, ...]:
+    """Anchor tokens, plus BOS under policy `append_bos` (yes, no, auto: only without an anchor).
+
+    A trailing space is dropped: the answer brings its own (`Answer:` + ` Denver`). BOS asked for
+    where the tokenizer has none is a logged no-op.
+    """
+    text = text.rstrip()
+    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+    if append_bos == "no" or (append_bos == "auto" and text):
+        return ids
+    if tokenizer.bos_token_id is None:
+        logger.warning(
+            "train_append_bos_after_prefix=%s has no effect: this tokenizer has no BOS", append_bos
+        )
+        return ids
+    return (*ids, tokenizer.bos_token_id)
+
+
+def make_frame(tokenizer, config: SequenceConfig) -> Frame:
+    """The frame of one LM, the same in training and at decode time."""
+    return Frame(
+        head=head_ids(tokenizer),
+        anchor=anchor_ids(tokenizer, config.warm_anchor_text, config.train_append_bos_after_prefix),
+        eos=tokenizer.eos_token_id,
+    )
+
+
+def tokenize_answers(
+    tokenizer, anchor_text: str, answers: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], np.ndarray]:
+    """Answers as they are tokenised right behind the anchor.
+
+    Returns the token ids of each answer, at most `max_tokens`, and a bool array [N] that is False
+    where the answer was cut: a cut answer does not end, so its EOS is not supervised.
+    """
+    anchor_text = anchor_text.rstrip()
+    anchor = tokenizer(anchor_text, add_special_tokens=False).input_ids if anchor_text else []
+    joint = tokenizer(
+        [f"{anchor_text} {answer}" for answer in answers], add_special_tokens=False
+    ).input_ids
+    ids = []
+    for answer, tokens in zip(answers, joint, strict=True):
+        if tokens[: len(anchor)] != anchor:  # the tokenizer merged across the border
+            tokens = anchor + tokenizer(f" {answer}", add_special_tokens=False).input_ids
+        ids.append(tokens[len(anchor) :])
+    complete = np.array([len(tokens) <= max_tokens for tokens in ids], dtype=bool)
+    return [tokens[:max_tokens] for tokens in ids], complete
+
+
+def pair_targets(
+    answers_BL: np.ndarray,
+    lengths_B: np.ndarray,
+    complete_B: np.ndarray,
+    *,
+    prefix_len: int | np.ndarray,
+    seq_len: int,
+    eos: int,
+    pairing: str = "next",
+) -> SupervisedRows:
+    """Pairs positions with tokens for a right-padded batch.
+
+    Args:
+        answers_BL: answer token ids, right-padded with anything.
+        lengths_B: real answer lengths, 1..L.
+        complete_B: bool; whether EOS follows the answer.
+        prefix_len: positions before the answer, H + M + A; one number, or one per example.
+        seq_len: positions S of the padded batch.
+        eos: the token that ends an answer.
+        pairing: "next", or "double_shift", the original's fault kept as an ablation: every
+            position is paired with the token after its next one.
+    """
+    num, width = answers_BL.shape
+    prefix_len_B = np.broadcast_to(prefix_len, num)
+    tokens_BT = np.full((num, width + 1), eos, dtype=np.int64)
+    tokens_BT[:, :width] = answers_BL
+    tokens_BT[np.arange(num), lengths_B] = eos
+    num_targets_B = lengths_B + complete_B.astype(np.int64)
+    shift = {"next": 0, "double_shift": 1}[pairing]
+    steps_T = np.arange(width + 1)
+    example, step = np.nonzero(steps_T[None, :] < (num_targets_B - shift)[:, None])
+    return SupervisedRows(
+        position=example * seq_len + prefix_len_B[example] - 1 + step,
+        target=tokens_BT[example, step + shift],
+        example=example,
+        first=step == 0,
+    )

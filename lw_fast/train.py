@@ -1,0 +1,456 @@
+"""The training loop, read from top to bottom.
+
+    deepspeed launch/train.py --ds_config ds_configs/zero2.json
+    torchrun --nproc_per_node 2 launch/train.py --preset small
+    python launch/train.py --preset nano --run_dir runs/first
+
+One optimiser step is one global batch: every rank cuts its share of the same permutation, splits
+it into micro-batches, and adds up gradients of a loss that is already divided by the counts of the
+whole step. The step that a gradient which is not finite would take is skipped on the device; the
+loop sees the norm one step later, without waiting, and stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lw_fast import checkpoint, run_folder
+from lw_fast.batches import Order, Tables, micro_slices
+from lw_fast.bridge import STATS, StepCounts, step_loss
+from lw_fast.config import Config, to_dict
+from lw_fast.data import Example
+from lw_fast.engine import Engine, World, build_engine
+from lw_fast.errors import UserError
+from lw_fast.evaluate import evaluate, table_rows
+from lw_fast.meters import LMCost, Meter, max_over_ranks, peak_memory
+from lw_fast.model import (
+    LatentModel,
+    build_bridge,
+    build_model,
+    evaluation_examples,
+    join_state,
+    split_state,
+    training_examples,
+)
+from lw_fast.optim import lr_factor
+from lw_fast.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(UserError):
+    """The loss or its gradient became NaN or infinite; the weights are those before that step."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was obeyed: the run is saved."""
+
+
+@dataclass
+class Run:
+    """Everything the loop holds."""
+
+    config: Config
+    run_dir: Path
+    world: World
+    model: LatentModel
+    tables: Tables
+    eval_examples: list[Example]
+    engine: Engine
+    order: Order
+    meter: Meter
+    global_step: int = 0
+    stop_requested: bool = False
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """What was logged since the last row, on the device."""
+    rms: dict[str, Tensor] = field(default_factory=dict)
+    """Per LM: [sum of raw prefix RMS, examples], over the epoch."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.order.steps_per_epoch * self.config.optim.epochs
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.global_step // self.order.steps_per_epoch
+
+
+def train(
+    config: Config,
+    world: World,
+    run_dir: Path,
+    *,
+    ds_config: dict[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    init_from: Path | None = None,
+) -> dict[str, Any] | None:
+    """Trains, saves and evaluates; returns the metrics of the last evaluation (rank 0).
+
+    Raises:
+        UserError: the settings, the data, a model or the run folder do not allow it.
+        Interrupted: a signal asked to stop; the state is saved.
+    """
+    with _run_folder(run_dir, config, world, resume=resume, overwrite=overwrite):
+        run = _setup(config, world, run_dir, ds_config)
+        if init_from is not None:
+            _init_from(run, init_from)
+        if resume:
+            _resume(run)
+        with _stop_on_signals(run):
+            return _loop(run)
+
+
+@contextmanager
+def _run_folder(run_dir: Path, config: Config, world: World, *, resume: bool, overwrite: bool):
+    """Rank 0 locks and prepares the folder; a refusal reaches every rank."""
+    if not world.is_main:
+        (problem,) = set(world.all_gather(None)) - {None} or {None}
+        if problem:
+            raise UserError(problem)
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = checkpoint.lock_run(run_dir)
+        lock.__enter__()
+        run_folder.prepare(run_dir, config, resume=resume, overwrite=overwrite)
+    except (UserError, OSError) as error:
+        world.all_gather(str(error))
+        raise UserError(str(error)) from None
+    world.all_gather(None)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _setup(config: Config, world: World, run_dir: Path, ds_config: dict[str, Any] | None) -> Run:
+    batch_size, micro = config.optim.batch_size, config.micro_batch
+    if batch_size % world.size:
+        raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
+    examples, note = training_examples(config)
+    eval_examples = evaluation_examples(config)
+    if len(examples) < batch_size:
+        raise UserError(f"batch_size {batch_size} exceeds the {len(examples)} training examples")
+    model = build_model(config, world.device)
+    tables = model.tables(examples)
+    accumulation = len(micro_slices(batch_size, 0, world.size, micro))
+    engine = build_engine(model.bridge, config, world, ds_config, accumulation)
+    if world.is_main:
+        trainable = sum(t.numel() for t in engine.module_state().values())
+        logger.info("data: %s; %d to evaluate", note, len(eval_examples))
+        logger.info(
+            "%s on %d x %s; %.2f M trainable parameters; LMs: %s",
+            type(engine).__name__, world.size, world.device.type, trainable / 1e6,
+            ", ".join(f"{name} {lm.dtype}" for name, lm in model.lms.items()),
+        )  # fmt: skip
+    else:
+        engine.module_state()  # collective under ZeRO-3
+    costs = {
+        name: LMCost(lm.num_layer_parameters, lm.d_model, lm.vocab_size)
+        for name, lm in model.lms.items()
+    }
+    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else (lambda: None)
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        world=world,
+        model=model,
+        tables=tables,
+        eval_examples=eval_examples,
+        engine=engine,
+        order=Order(len(examples), batch_size, config.optim.seed),
+        meter=Meter(costs, devices=world.size, synchronize=synchronize),
+    )
+
+
+def _loop(run: Run) -> dict[str, Any] | None:
+    config, metrics = run.config, None
+    norm: Tensor | None = None
+    with Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress:
+        while run.global_step < run.total_steps:
+            previous, norm = norm, train_step(run)
+            _check_finite(run, previous)
+            run.global_step += 1
+            last = run.global_step == run.total_steps
+            epoch_ends = run.global_step % run.order.steps_per_epoch == 0
+            if run.global_step % config.run.log_every == 0 or last:
+                _check_finite(run, norm)
+                progress.update(run.global_step, _log(run, norm))
+            if _must_stop(run):
+                _check_finite(run, norm)
+                _save(run, f"step{run.global_step}")
+                raise Interrupted(f"stopped after step {run.global_step}; --resume continues")
+            if epoch_ends:
+                _check_finite(run, norm)
+                metrics = _end_of_epoch(run, progress, last) or metrics
+            elif config.run.save_every and run.global_step % config.run.save_every == 0:
+                _check_finite(run, norm)
+                with run.meter.paused():
+                    _save(run, f"step{run.global_step}")
+    return metrics
+
+
+def train_step(run: Run) -> Tensor:
+    """One optimiser step; returns the gradient norm (0-d, not waited for)."""
+    config, step = run.config, run.global_step
+    index = run.order.step(step)
+    gold = gold_span_draws(config, step, run.total_steps, len(index))
+    answers = run.tables.answers
+    counts = StepCounts(
+        examples=len(index),
+        spans=run.tables.sources.num_spans(index),
+        rows={name: table.num_targets(index) for name, table in answers.items()},
+    )
+    slices = micro_slices(len(index), run.world.rank, run.world.size, config.micro_batch)
+    run.engine.module.train()
+    positions = dict.fromkeys(answers, 0)
+    for number, part in enumerate(slices):
+        torch.manual_seed(_dropout_seed(config, step, run.world.rank, number))
+        batches = {name: table.batch(index[part]) for name, table in answers.items()}
+        source = run.model.batch(run.tables.sources, index[part], gold[part])
+        output = run.engine(source)
+        loss, sums = step_loss(
+            output, source, batches, run.model.lms, run.model.bridge, counts,
+            config.loss, config.encoder.span_weight,
+        )  # fmt: skip
+        run.engine.backward(loss, last=number == len(slices) - 1)
+        _accumulate(run, sums, output.raw_rms)
+        for name, batch in batches.items():
+            positions[name] += batch.num_positions * run.world.size
+    run.meter.step(
+        samples=len(index),
+        source_bytes=int(run.tables.sources.length_N[index].sum()),
+        positions=positions,
+        supervised_tokens=dict(counts.rows),
+    )
+    _add(run.sums, "counts", torch.tensor([counts.examples, counts.spans, *counts.rows.values()]))
+    return run.engine.step(lr_factor(step, run.total_steps, config.optim))
+
+
+def gold_span_draws(config: Config, step: int, total_steps: int, num: int) -> np.ndarray:
+    """Which examples of a step get the gold span in their copy slots: a share that falls linearly
+    from all to none over the first `gold_span_until` of the run. The same for any world size."""
+    until = config.encoder.gold_span_until * total_steps
+    share = max(0.0, 1.0 - step / until) if until else 0.0
+    return np.random.default_rng((config.optim.seed, step)).random(num) < share
+
+
+def _dropout_seed(config: Config, step: int, rank: int, micro: int) -> int:
+    """Dropout depends on where in the run we are, not on how we got there: resuming is exact."""
+    return int(np.random.SeedSequence((config.optim.seed, step, rank, micro)).generate_state(1)[0])
+
+
+# ------------------------------------------------------------------------------- bookkeeping
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
+
+
+@torch.no_grad()
+def _accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tensor]) -> None:
+    for name, value in sums.items():
+        _add(run.sums, name, value)
+    for name, rms_B in raw_rms.items():
+        _add(run.rms, name, torch.stack([rms_B.sum(), rms_B.new_tensor(float(len(rms_B)))]))
+
+
+def _log(run: Run, norm: Tensor) -> dict[str, Any]:
+    """One row for log.jsonl and TensorBoard, from what was summed since the last one."""
+    examples, spans, *rows = run.sums.pop("counts").tolist()
+    sums = {name: run.world.all_reduce(value).tolist() for name, value in run.sums.items()}
+    run.sums.clear()
+    rates = run.meter.report()
+    memory = max_over_ranks(peak_memory(run.world.device), run.world.device)
+    steps = examples / run.config.optim.batch_size
+    row: dict[str, Any] = {
+        "step": run.global_step,
+        "epoch": run.global_step / run.order.steps_per_epoch,
+        "loss": sums["loss"] / steps,
+        "grad_norm": float(norm),
+        "lr_factor": lr_factor(run.global_step - 1, run.total_steps, run.config.optim),
+    }
+    for (name, _), num_rows in zip(run.model.lms.items(), rows, strict=True):
+        stats = dict(zip(STATS, sums[name], strict=True))
+        row[f"{name}/nll_token"] = stats["nll_sum"] / max(num_rows, 1)
+        row[f"{name}/first_nll"] = stats["first_nll_sum"] / examples
+        row[f"{name}/first_token_top1"] = stats["first_top1_sum"] / examples
+        row[f"{name}/first_token_top5"] = stats["first_top5_sum"] / examples
+    if "span" in sums:
+        row["span_loss"] = sums["span"] / max(spans, 1)
+    row |= {key: value for key, value in (rates | memory).items() if value is not None}
+    if run.world.is_main:
+        run_folder.append_row(run.run_dir, row | {"time": time.time()})
+        _tensorboard(run, row)
+    return row
+
+
+def _tensorboard(run: Run, row: Mapping[str, Any]) -> None:
+    writer = _writer(run.run_dir)
+    for name, value in row.items():
+        if name not in ("step", "time"):
+            writer.add_scalar(name, value, run.global_step)
+
+
+_WRITERS: dict[Path, Any] = {}
+
+
+def _writer(run_dir: Path) -> Any:
+    """One TensorBoard writer per run folder."""
+    if run_dir not in _WRITERS:
+        from torch.utils.tensorboard import SummaryWriter
+
+        _WRITERS[run_dir] = SummaryWriter(str(run_dir / "tensorboard"))
+    return _WRITERS[run_dir]
+
+
+def _check_finite(run: Run, norm: Tensor | None) -> None:
+    """Every rank sees the same norm, so all stop together."""
+    if norm is None or math.isfinite(norm):
+        return
+    raise NonFiniteLoss(
+        f"the loss or its gradient is not finite near step {run.global_step + 1}; the step was not "
+        f"taken. The newest checkpoint is in {run.run_dir}; try a lower --lr, then --resume"
+    )
+
+
+def _must_stop(run: Run) -> bool:
+    """Whether any rank was asked to stop; ranks compare notes only now and then."""
+    if run.world.size == 1:
+        return run.stop_requested
+    if run.global_step % run.config.run.log_every:
+        return False
+    return any(run.world.all_gather(run.stop_requested))
+
+
+@contextmanager
+def _stop_on_signals(run: Run):
+    """SIGINT and SIGTERM end the run after the current step, saved."""
+
+    def request(_signum, _frame) -> None:
+        run.stop_requested = True
+
+    previous = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def _end_of_epoch(run: Run, progress: Progress, last: bool) -> dict[str, Any] | None:
+    with run.meter.paused():
+        _save(run, f"epoch{run.epoch}")
+        run.rms.clear()
+        every = run.config.run.eval_every
+        if not (last or (every and run.epoch % every == 0)):
+            return None
+        return _evaluate(run, progress)
+
+
+def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
+    """Rank 0 evaluates a plain copy of the bridge, so that any engine and ZeRO stage will do."""
+    state = run.engine.module_state()
+    metrics = None
+    if run.world.is_main:
+        model = run.model
+        bridge = build_bridge(run.config, model.lms, model.reader, model.device)
+        bridge.load_state_dict(state)
+        progress.note(f"evaluating {len(run.eval_examples)} questions")
+        metrics = evaluate(
+            dataclasses.replace(model, bridge=bridge),
+            run.eval_examples,
+            run.run_dir / f"eval_epoch{run.epoch}",
+        )
+        progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
+    run.world.barrier()
+    return metrics
+
+
+def _save(run: Run, name: str) -> None:
+    state, optimizer = run.engine.module_state(), run.engine.optimizer_state()
+    stats = _training_stats(run)
+    if run.world.is_main:
+        encoder, adapters = split_state(state)
+        checkpoint.save(
+            run.run_dir,
+            name,
+            encoder=encoder,
+            adapters=adapters,
+            optimizer=optimizer,
+            progress={
+                "epoch": run.epoch,
+                "global_step": run.global_step,
+                "rms": {k: v.cpu() for k, v in run.rms.items()},
+            },
+            config=to_dict(run.config),
+            stats=stats,
+            keep_last=run.config.run.keep_last,
+        )
+    run.world.barrier()
+
+
+def _training_stats(run: Run) -> dict[str, Any]:
+    """Per LM: mean RMS of the raw prefix over the epoch, its calibrated value, the LM's own."""
+    stats = {}
+    for name, lm in run.model.lms.items():
+        total, count = run.world.all_reduce(run.rms[name].clone()).tolist()
+        raw = total / count
+        mode = run.config.adapter.calibration
+        fixed = run.config.adapter.prefix_target_rms
+        calibrated = {"none": raw, "fixed": fixed}.get(mode, lm.embed_rms)
+        stats[name] = {
+            "rms_mean_raw": raw,
+            "rms_mean_cal": calibrated,
+            "embed_rms": lm.embed_rms,
+            "count": int(count),
+        }
+    return stats
+
+
+def _init_from(run: Run, path: Path) -> None:
+    """Starts from another run's weights; adapters of LMs that it did not have stay fresh."""
+    loaded = checkpoint.load(run_folder.resolve_checkpoint(path))
+    state = run.engine.module_state()
+    known = {name: state for name, state in loaded.adapters.items() if name in run.model.lms}
+    run.engine.load_module_state({**state, **join_state(loaded.encoder, known)})
+    logger.info("started from the weights of %s", loaded.path)
+
+
+def _resume(run: Run) -> None:
+    loaded = checkpoint.load(checkpoint.latest(run.run_dir))
+    run.engine.load_module_state(join_state(loaded.encoder, loaded.adapters))
+    run.engine.load_optimizer_state(loaded.optimizer)
+    run.global_step = loaded.progress["global_step"]
+    run.rms = {k: v.to(run.world.device) for k, v in loaded.progress["rms"].items()}
+    if run.global_step % run.order.steps_per_epoch == 0:
+        run.rms.clear()
+    if not run.world.is_main:
+        run.rms.clear()  # the saved sums are those of all ranks
+    if run.world.is_main:
+        run_folder.drop_rows_after(run.run_dir, run.global_step)
+    logger.info("resumed %s at step %d", loaded.path, run.global_step)
+    if run.global_step >= run.total_steps:
+        raise UserError(f"nothing to resume: {loaded.path} is the end; raise --epochs to go on")

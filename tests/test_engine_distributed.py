@@ -1,0 +1,162 @@
+"""Two processes (gloo) train like one: data parallel and ZeRO, and their states move freely."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from engine_toy import STEPS, ZERO, build, largest_difference, lms_by_turns, train
+
+from lw_fast.engine import World
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+ENGINES = ["plain", *ZERO]
+ONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+TOLERANCE = 1e-6
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment() -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    return {**env, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*command: str, processes: int = 2) -> list[str]:
+    """On a port that the rendezvous finds free."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(processes), *command]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def one_process(
+    *, stop: int = STEPS, resume: dict | None = None, accumulation: int = 1, lms=None
+) -> dict:
+    engine = build(ONE, None, accumulation)
+    if resume:
+        engine.load_module_state(resume["weights"])
+        engine.load_optimizer_state(resume["optimizer"])
+    start = STEPS // 2 if resume else 0
+    norms = train(engine, start=start, steps=stop, accumulation=accumulation, lms=lms)
+    return {
+        "norms": norms,
+        "weights": engine.module_state(),
+        "optimizer": engine.optimizer_state(),
+    }
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return one_process()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The results of one run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    half = one_process(stop=STEPS // 2)
+    torch.save({key: half[key] for key in ("weights", "optimizer")}, folder / "in.pt")
+    run = subprocess.run(
+        torchrun(str(WORKER), str(folder)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+def assert_same(result: dict, expected: dict) -> None:
+    assert result["norms"] == pytest.approx(expected["norms"][-len(result["norms"]) :], rel=1e-5)
+    assert largest_difference(result["weights"], expected["weights"]) < TOLERANCE
+    assert result["optimizer"]["step"] == expected["optimizer"]["step"]
+    assert result["optimizer"]["moments"].keys() == expected["optimizer"]["moments"].keys()
+    for name, moments in expected["optimizer"]["moments"].items():
+        assert largest_difference(result["optimizer"]["moments"][name], moments) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["whole", "accumulated", "resumed"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_processes_equal_one(two, reference, name, case):
+    assert two["size"] == 2
+    assert_same(two[name][case], reference)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_state_of_two_loads_in_one(two, reference, name):
+    assert_same(one_process(resume=two[name]["half"]), reference)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_left_out_adapters_on_two_processes(two, name):
+    # One process meets the micro-batches of rank 0, then those of rank 1.
+    one = one_process(accumulation=4, lms=lambda step, micro: lms_by_turns(step, micro % 2))
+    assert_same(two[name]["by_turns"], one)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_nan_on_one_rank_stops_all(two, name):
+    """Every rank sees a norm that is not finite and keeps its weights."""
+    for norm, unchanged in two[name]["nan"]:
+        assert not torch.isfinite(torch.tensor(norm)) and unchanged
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ranks_start_from_the_weights_of_rank_0(two, name):
+    assert two[name]["same_start"]
+
+
+def test_collectives(two):
+    assert two["reduced"] == [3.0, 1.0]
+
+
+DIES = """
+import sys, time, torch
+from lw_fast.engine import init_world
+world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=3)
+world.barrier()
+if world.rank == 1:
+    time.sleep(60)
+start = time.monotonic()
+try:
+    world.all_reduce(torch.ones(1))
+except RuntimeError as error:
+    print("gave up after", round(time.monotonic() - start), flush=True)
+    raise SystemExit(7)
+"""
+
+
+def test_a_missing_peer_times_out(tmp_path):
+    """A rank that hangs does not hang the others past the time-out."""
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    env = {**environment(), "PYTHONPATH": str(WORKER.parents[1])}
+    start = time.monotonic()
+    run = subprocess.run(
+        torchrun(str(script)), env=env, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode != 0 and "gave up after 3" in run.stdout, run.stdout + run.stderr[-2000:]
+    assert time.monotonic() - start < 50
+
+
+def test_the_deepspeed_launcher(tmp_path, reference):
+    """The launcher of the main job, with one process; it passes --local_rank."""
+    half = one_process(stop=STEPS // 2)
+    torch.save({key: half[key] for key in ("weights", "optimizer")}, tmp_path / "in.pt")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    command += ["--master_port", str(free_port()), str(WORKER), str(tmp_path)]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    results = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert results["size"] == 1
+    for name in ENGINES:
+        assert_same(results[name]["accumulated"], reference)

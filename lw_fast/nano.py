@@ -82,7 +82,8 @@ def build_tokenizer(arch: str, config: PretrainConfig) -> Any:
             [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
         )
     else:
-        special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        pad = "<|endoftext|>"
+        special = {"eos_token": "<|im_end|>", "pad_token": pad, "unk_token": pad}
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre.Sequence(
             [pre.Split(Regex(_QWEN2_WORDS), "isolated"), pre.ByteLevel(False, use_regex=False)]

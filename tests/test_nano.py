@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -105,9 +106,14 @@ def test_llama_has_bos_and_pads_with_eos_and_qwen_does_neither(tokenizers):
 @pytest.mark.parametrize("arch", nano.ARCHITECTURES)
 def test_shipped_tokenizers_are_what_the_script_builds(arch, tokenizers):
     built = nano.build_tokenizer(arch, nano.PretrainConfig())
-    shipped = tokenizers[arch].backend_tokenizer
     assert built.get_vocab() == tokenizers[arch].get_vocab()
-    assert built.backend_tokenizer.to_str() == shipped.to_str()
+    assert built.special_tokens_map == tokenizers[arch].special_tokens_map
+    # Beside a Qwen2 config, AutoTokenizer makes its own class with its own splitting rules.
+    for part in ("pre_tokenizer", "normalizer", "post_processor", "decoder"):
+        ours, theirs = (getattr(t.backend_tokenizer, part) for t in (built, tokenizers[arch]))
+        assert repr(ours) == repr(theirs), part
+    model = json.loads((ASSETS / arch / "tokenizer.json").read_text())["model"]
+    assert json.loads(built.backend_tokenizer.to_str())["model"]["merges"] == model["merges"]
 
 
 @pytest.mark.parametrize("arch", nano.ARCHITECTURES)
@@ -193,7 +199,7 @@ def test_shipped_lm_is_the_architecture_it_says(arch):
 
 @pytest.mark.parametrize("arch", nano.ARCHITECTURES)
 def test_shipped_lm_answers_the_text_prompt_and_needs_the_context(arch, shipped):
-    asked = list(nano_facts.questions_of(shipped["dev"]))[:100]
+    asked = list(nano_facts.questions_of(shipped["dev"]))[:60]
     golds = [[answer] for _, _, answer in asked]
 
     def em(prompt: str) -> float:

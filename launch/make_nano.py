@@ -4,18 +4,27 @@
 
 Writes train.json.gz, dev.json.gz, llama/ and qwen/ under --out_dir, then answers the dev questions
 with the text prompt. Data and tokenizers come out the same byte for byte; the weights do on the
-same kind of machine with the same versions and --threads, and work as well elsewhere.
+same kind of machine with the same versions and --threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lw_fast import nano, nano_facts, scoring
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+
+from lw_fast import nano, nano_facts, scoring  # noqa: E402
+
+_PROMPTS = {
+    "text": nano.PROMPT,
+    "question first": nano.PROMPT_QUESTION_FIRST,
+    "no context": nano.PROMPT_NO_CONTEXT,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,13 +53,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{arch}: {name:14s} EM {em:.3f}  F1 {f1:.3f}", flush=True)
 
 
-_PROMPTS = {
-    "text": nano.PROMPT,
-    "question first": nano.PROMPT_QUESTION_FIRST,
-    "no context": nano.PROMPT_NO_CONTEXT,
-}
-
-
 def score(folder: Path, squad: dict[str, Any], prompt: str) -> tuple[float, float]:
     """Exact match and F1 of the LM in `folder` under a text prompt, over all questions."""
     asked = list(nano_facts.questions_of(squad))
@@ -70,11 +72,19 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", type=int, default=default.steps, help="steps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="seed (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=default.steps, help="pretraining steps per LM (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="seed of tokenizers and LMs (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument(
-        "--lms", nargs="+", choices=nano.ARCHITECTURES, default=list(nano.ARCHITECTURES)
+        "--lms",
+        nargs="+",
+        choices=nano.ARCHITECTURES,
+        default=list(nano.ARCHITECTURES),
+        help="which of the two LMs to make (both)",
     )
     return parser
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -256,10 +257,13 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "samples eval_samples max_answer_chars channel_spans span_weight gold_span_until "
-    "encoder_dropout adapter_bound prefix_target_rms prefix_gain first_token_ce_weight scale_l2 "
+    "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight scale_l2 "
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
     "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last"
 ).split()
+_BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
+_NOT_LM_NAMES = ("loss", "span", "counts")
+"""What else is summed beside the LMs' statistics in a training step."""
 
 
 def _validate(config: Config) -> None:
@@ -270,6 +274,9 @@ def _validate(config: Config) -> None:
     for name in _NOT_NEGATIVE:
         if not values[name] >= 0:
             raise UserError(f"{name} must not be negative, got {values[name]}")
+    for name in _BELOW_ONE:
+        if not 0 <= values[name] < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, got {values[name]}")
     for name, (_, spec) in FIELDS.items():
         choices = spec.metadata["choices"]
         if choices and values[name] not in choices:
@@ -283,6 +290,11 @@ def _validate(config: Config) -> None:
         raise UserError("copy_slots needs span_head=true and encoder_type byte or lm")
     if config.encoder.encoder_dim % config.encoder.encoder_heads:
         raise UserError("encoder_dim must be a multiple of encoder_heads")
+    if config.encoder.encoder_type == "byte_seed" and config.encoder.d_z % 8:
+        raise UserError("d_z must be a multiple of 8 with encoder_type=byte_seed (its 8 heads)")
+    for name in config.lm:
+        if not name.isidentifier() or name in _NOT_LM_NAMES:
+            raise UserError(f"lm.{name}: an LM cannot have this name; use letters and digits")
 
 
 def to_flat(config: Config) -> dict[str, Any]:
@@ -305,12 +317,20 @@ def _coerce(name: str, value: Any, kind: type) -> Any:
     """Accepts what TOML, JSON and the command line deliver; raises on anything else."""
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no"):
         return value.lower() in ("true", "yes")
-    if isinstance(value, bool) != (kind is bool):
+    # int(8.5) would be 8, and str() takes anything.
+    lossy = isinstance(value, float) and kind is int
+    if isinstance(value, bool) != (kind is bool) or lossy or not isinstance(value, _SCALARS):
         raise UserError(f"{name} must be a {kind.__name__}, got {value!r}")
     try:
-        return kind(value)
-    except (TypeError, ValueError):
+        result = kind(value)
+    except ValueError:
         raise UserError(f"{name} must be a {kind.__name__}, got {value!r}") from None
+    if kind is float and math.isinf(result):
+        raise UserError(f"{name} must be finite, got {value}")
+    return result
+
+
+_SCALARS = (bool, int, float, str)
 
 
 def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
@@ -340,7 +360,10 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, str]]:
         values = tomllib.loads(text)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"preset {name}: {error}") from None
-    return values, values.pop("lm", {})
+    lms = values.pop("lm", {})
+    if not isinstance(lms, dict) or not all(isinstance(source, str) for source in lms.values()):
+        raise UserError(f"preset {name}: lm must be a table of names and sources")
+    return values, lms
 
 
 def build_config(

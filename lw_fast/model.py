@@ -66,6 +66,8 @@ def build_model(config: Config, device: torch.device) -> LatentModel:
     """Loads every LM and builds a freshly initialised bridge (seeded by `seed`)."""
     if not config.lm:
         raise UserError("no frozen LM is named: give --lm.NAME SOURCE or a preset that has some")
+    if taken := [name for name in config.lm if hasattr(torch.nn.ModuleDict, name)]:
+        raise UserError(f"lm.{taken[0]}: PyTorch uses this name itself; choose another one")
     lms = {
         name: load_frozen_lm(name, source, config.backbone, device)
         for name, source in config.lm.items()

@@ -25,7 +25,8 @@ import pickle
 import platform
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +72,7 @@ def save(
     config: Mapping[str, Any],
     stats: Mapping[str, Any] | None = None,
     keep_last: int = 0,
+    spare: Collection[str] = (),
 ) -> Path:
     """Writes the checkpoint RUN_DIR/NAME atomically; one rank calls it.
 
@@ -82,6 +84,7 @@ def save(
         config: From `config.to_dict`.
         stats: Content of training_stats.json.
         keep_last: Afterwards only this many newest checkpoints remain; 0 keeps all.
+        spare: Names of checkpoints that remain however old they are (the best one, say).
 
     Raises:
         UserError: The disk is full or not writable; older checkpoints are intact.
@@ -101,7 +104,7 @@ def save(
         _write_folder(partial, files, int(progress["global_step"]))
         path = _publish(partial, run_dir / name)
         _write_text(run_dir / "latest", name + "\n")
-        _prune(run_dir, keep_last)
+        _prune(run_dir, keep_last, spare)
     except OSError as error:
         raise UserError(
             f"could not save checkpoint {run_dir / name}: {error.strerror or error}; "
@@ -201,9 +204,10 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _prune(run_dir: Path, keep_last: int) -> None:
+def _prune(run_dir: Path, keep_last: int, spare: Collection[str]) -> None:
     """Removes all but the newest checkpoints; a folder without a manifest is not one."""
-    for path in _newest_first(run_dir)[keep_last:] if keep_last else []:
+    old = _newest_first(run_dir)[keep_last:] if keep_last else []
+    for path in (path for path in old if path.name not in spare):
         doomed = path.with_name(f"{_DOOMED}{path.name}")
         os.rename(path, doomed)  # half removed, it must not pass for a damaged checkpoint
         shutil.rmtree(doomed)
@@ -215,6 +219,38 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+class Saver:
+    """`save` off the training thread, one checkpoint at a time, in order.
+
+        with Saver() as saver:
+            saver.save(run_dir, name, ...)      # waits for the one before, then returns at once
+
+    The tensors must be copies that training leaves alone, as an engine's states are. A save that
+    failed raises at the next `save`, at `wait` or at the end of the block.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, run_dir: str | Path, name: str, **content: Any) -> None:
+        """Takes the arguments of the function `save`."""
+        self.wait()
+        self._pending = self._thread.submit(save, run_dir, name, **content)
+
+    def wait(self) -> Path | None:
+        """The last checkpoint, once it is on the disk; None if there is none to wait for."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending else None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._thread:  # shut down also if the save failed
+            self.wait()
 
 
 # --------------------------------------------------------------------------------------- load

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lw_fast import checkpoint  # noqa: E402
 
 
-def save(run: Path, step: int, name: str = "", keep_last: int = 2) -> None:
+def save(run: Path, step: int, name: str = "", keep_last: int = 2, spare: list[str] = ()) -> None:
     """A checkpoint all of whose content says which step it is from."""
     weights = torch.full((64,), float(step))
     checkpoint.save(
@@ -35,6 +35,7 @@ def save(run: Path, step: int, name: str = "", keep_last: int = 2) -> None:
         progress={"epoch": step, "global_step": step},
         config={"lr": 1.0},
         keep_last=keep_last,
+        spare=spare,
     )
 
 

@@ -91,7 +91,7 @@ def train(
     engine: Engine, *, start: int = 0, steps: int = STEPS, accumulation: int = 1, lms=None
 ) -> list[float]:
     """Each rank takes its share of every batch, in `accumulation` pieces; returns the norms."""
-    lm, batches = data()
+    lm, batches = (part.to(engine.world.device) for part in data())
     norms = []
     for step in range(start, steps):
         share = batches[step].chunk(engine.world.size)[engine.world.rank]

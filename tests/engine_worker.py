@@ -59,7 +59,7 @@ def nan_on_one_rank(world: World, ds_config: dict | None) -> list[Any]:
     """The norm that each rank saw, and whether its weights stayed as they were."""
     engine = build(world, ds_config)
     before = engine.module_state()
-    lm, batches = data()
+    lm, batches = (part.to(world.device) for part in data())
     loss = lm(engine(batches[0], ("llama",))[0]).sum()
     engine.backward(loss * float("nan") if world.rank == 1 else loss, last=True)
     norm = float(engine.step(1.0))
@@ -86,9 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--local_rank", type=int, default=0, help="passed by deepspeed")
-    folder = parser.parse_args().folder
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    folder = args.folder
     torch.set_num_threads(1)
-    world = init_world(use_deepspeed=True, device="cpu", timeout_seconds=60)
+    world = init_world(use_deepspeed=True, device=args.device, timeout_seconds=60)
     given = torch.load(folder / "in.pt", weights_only=True)
     results: dict[str, Any] = {"size": world.size}
     for name, ds_config in {"plain": None, **ZERO}.items():
@@ -101,8 +103,8 @@ def main() -> None:
             "nan": nan_on_one_rank(world, ds_config),
             "same_start": different_start(world, ds_config),
         }
-    total = world.all_reduce(torch.tensor([float(world.rank + 1)]))
-    largest = world.all_reduce(torch.tensor([float(world.rank)]), op="max")
+    total = world.all_reduce(torch.tensor([world.rank + 1.0], device=world.device))
+    largest = world.all_reduce(torch.tensor([float(world.rank)], device=world.device), op="max")
     results["reduced"] = [float(total), float(largest)]
     world.barrier()
     if world.is_main:

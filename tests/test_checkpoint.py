@@ -9,6 +9,7 @@ import pickle
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,57 @@ def test_only_the_newest_are_kept(run):
     assert names(run) == {"eval_epoch1", "notes", "epoch10", "epoch11", "latest"}
     save(run, 12, keep_last=0)
     assert {"epoch10", "epoch11", "epoch12"} < names(run)
+
+
+def test_the_best_one_is_spared(run):
+    for step in (1, 2, 3, 4):
+        save(run, step, keep_last=1, spare=["epoch2"])
+    assert names(run) == {"epoch2", "epoch4", "latest"}
+
+
+# ------------------------------------------------------------------------------- off the thread
+
+
+def content(step: int) -> dict:
+    return dict(
+        encoder={},
+        adapters={},
+        optimizer={},
+        progress={"epoch": step, "global_step": step},
+        config={},
+    )
+
+
+def test_saver_does_not_wait_for_the_disk(run, monkeypatch):
+    disk = threading.Event()
+    write = checkpoint._write_synced
+
+    def slow(path, data):
+        assert disk.wait(20)
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", slow)
+    with checkpoint.Saver() as saver:
+        assert saver.wait() is None
+        saver.save(run, "epoch1", **content(1))
+        assert not (run / "epoch1").exists()
+        disk.set()
+        saver.save(run, "epoch2", **content(2))  # after the first is whole
+        assert checkpoint.load(run / "epoch1").progress["global_step"] == 1
+        assert saver.wait() == run / "epoch2"
+        saver.save(run, "epoch3", **content(3))
+    assert checkpoint.latest(run) == run / "epoch3"
+
+
+def test_saver_tells_of_a_failed_save(run):
+    run.write_text("not a folder")
+    saver = checkpoint.Saver()
+    saver.save(run, "epoch1", **content(1))
+    with pytest.raises(UserError, match="could not save"):
+        saver.save(run, "epoch2", **content(2))
+    with pytest.raises(UserError, match="could not save"):
+        with saver:
+            saver.save(run, "epoch3", **content(3))
 
 
 # ------------------------------------------------------------------------------- damage

@@ -58,30 +58,30 @@ def reference():
     return one_process()
 
 
+def run_worker(folder: Path, launch: list[str]) -> dict:
+    """Hands the worker half a training of one process; returns what it made of it."""
+    half = one_process(stop=STEPS // 2)
+    torch.save({key: half[key] for key in ("weights", "optimizer")}, folder / "in.pt")
+    run = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The results of one run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    half = one_process(stop=STEPS // 2)
-    torch.save({key: half[key] for key in ("weights", "optimizer")}, folder / "in.pt")
-    run = subprocess.run(
-        torchrun(str(WORKER), str(folder)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return torch.load(folder / "out.pt", weights_only=True)
+    return run_worker(folder, torchrun(str(WORKER), str(folder)))
 
 
-def assert_same(result: dict, expected: dict) -> None:
-    assert result["norms"] == pytest.approx(expected["norms"][-len(result["norms"]) :], rel=1e-5)
-    assert largest_difference(result["weights"], expected["weights"]) < TOLERANCE
+def assert_same(result: dict, expected: dict, tolerance: float = TOLERANCE) -> None:
+    norms = expected["norms"][-len(result["norms"]) :]
+    assert result["norms"] == pytest.approx(norms, rel=10 * tolerance)
+    assert largest_difference(result["weights"], expected["weights"]) < tolerance
     assert result["optimizer"]["step"] == expected["optimizer"]["step"]
     assert result["optimizer"]["moments"].keys() == expected["optimizer"]["moments"].keys()
     for name, moments in expected["optimizer"]["moments"].items():
-        assert largest_difference(result["optimizer"]["moments"][name], moments) < TOLERANCE
+        assert largest_difference(result["optimizer"]["moments"][name], moments) < tolerance
 
 
 @pytest.mark.parametrize("case", ["whole", "accumulated", "resumed"])
@@ -150,13 +150,26 @@ def test_a_missing_peer_times_out(tmp_path):
 
 def test_the_deepspeed_launcher(tmp_path, reference):
     """The launcher of the main job, with one process; it passes --local_rank."""
-    half = one_process(stop=STEPS // 2)
-    torch.save({key: half[key] for key in ("weights", "optimizer")}, tmp_path / "in.pt")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
-    command += ["--master_port", str(free_port()), str(WORKER), str(tmp_path)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    results = torch.load(tmp_path / "out.pt", weights_only=True)
+    launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    launch += ["--master_port", str(free_port()), str(WORKER), str(tmp_path)]
+    results = run_worker(tmp_path, launch)
     assert results["size"] == 1
     for name in ENGINES:
         assert_same(results[name]["accumulated"], reference)
+
+
+@pytest.mark.parametrize(
+    "gpus",
+    [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multi_gpu)],
+)
+def test_gpus_equal_one_cpu(tmp_path, reference, gpus):
+    """NCCL, fused AdamW and offloading, in fp32."""
+    worker = [str(WORKER), str(tmp_path), "--device", "cuda"]
+    results = run_worker(tmp_path, torchrun(*worker, processes=gpus))
+    assert results["size"] == gpus
+    for name in ENGINES:
+        for case in ("whole", "accumulated", "resumed"):
+            assert_same(results[name][case], reference, tolerance=1e-4)
+        if gpus == 2:
+            assert not any(torch.tensor(norm).isfinite() for norm, _ in results[name]["nan"])
+            assert results[name]["same_start"]

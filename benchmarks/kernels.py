@@ -22,6 +22,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,19 +30,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rows import case_words, device_name, measured, write_rows
 from torch import Tensor
+
+# Run as a file, this folder would be on the path and this module would pass for the Hugging Face
+# package `kernels`, which other packages look for.
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from lw_kernels import (  # noqa: E402  (Triton reads the variable above on import)
+# ruff: noqa: E402  (Triton reads the variable above when a kernel is defined)
+from lw_kernels import (
     linear_masked_ce,
     masked_cross_entropy,
     prefix_concat,
     prefix_concat_ref,
 )
+
+from benchmarks.rows import case_words, device_name, measured, write_rows
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16

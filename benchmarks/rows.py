@@ -1,6 +1,6 @@
 """One measured number is one CSV row; every benchmark writes its rows through this module.
 
-    from rows import case_words, measured, write_rows
+    from benchmarks.rows import case_words, measured, write_rows
     rows = [measured("kernels", case_words(op="prefix_concat", impl="ours"), "seconds", 1e-5, "s")]
     write_rows("benchmarks/results/kernels.csv", rows)
 """

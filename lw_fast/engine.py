@@ -23,7 +23,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    patient_group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    """All ranks again, over gloo and without a time-out to speak of; see `barrier`."""
 
     @property
     def is_main(self) -> bool:
@@ -71,10 +73,15 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
+    def barrier(self, *, patient: bool = False) -> None:
+        """Waits for all ranks.
+
+        Args:
+            patient: Wait for hours if need be, as while rank 0 evaluates; a peer that dies still
+                raises at once.
+        """
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient_group if patient else None)
 
 
 def init_world(
@@ -103,10 +110,15 @@ def init_world(
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
+    patient_group = None
+    if size > 1:
+        patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if use_deepspeed:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed asserts it is there
         _deepspeed(where).init_distributed(dist_backend=backend, timeout=timeout)
-    return World(rank=rank, local_rank=local_rank, size=size, device=where)
+    return World(
+        rank=rank, local_rank=local_rank, size=size, device=where, patient_group=patient_group
+    )
 
 
 _LAUNCHER_ENV = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

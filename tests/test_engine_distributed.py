@@ -119,32 +119,58 @@ def test_collectives(two):
     assert two["reduced"] == [3.0, 1.0]
 
 
-DIES = """
-import sys, time, torch
+FAULTS = """
+import os, sys, time, torch
 from lw_fast.engine import init_world
-world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=3)
-world.barrier()
+world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=2)
+
+if world.is_main:
+    time.sleep(4)
+world.barrier(patient=True)
+if world.is_main:
+    print("the patient barrier outlasts the time-out", flush=True)
+
 if world.rank == 1:
     time.sleep(60)
 start = time.monotonic()
 try:
     world.all_reduce(torch.ones(1))
 except RuntimeError as error:
-    print("gave up after", round(time.monotonic() - start), flush=True)
-    raise SystemExit(7)
+    print("gave up on a hung peer after", round(time.monotonic() - start), flush=True)
+os._exit(7)
+"""
+
+DIES = """
+import os, signal, time
+from lw_fast.engine import init_world
+world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=2)
+world.barrier()
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    world.barrier(patient=True)
+except RuntimeError as error:
+    print("saw the peer die", flush=True)
 """
 
 
-def test_a_missing_peer_times_out(tmp_path):
-    """A rank that hangs does not hang the others past the time-out."""
-    script = tmp_path / "dies.py"
-    script.write_text(DIES)
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (FAULTS, ["the patient barrier outlasts the time-out", "gave up on a hung peer after 2"]),
+        (DIES, []),
+    ],
+)
+def test_no_hang_on_a_missing_peer(tmp_path, script, said):
+    """A rank that hangs or dies does not hang the others past the time-out."""
+    path = tmp_path / "faults.py"
+    path.write_text(script)
     env = {**environment(), "PYTHONPATH": str(WORKER.parents[1])}
     start = time.monotonic()
-    run = subprocess.run(
-        torchrun(str(script)), env=env, capture_output=True, text=True, timeout=100
-    )
-    assert run.returncode != 0 and "gave up after 3" in run.stdout, run.stdout + run.stderr[-2000:]
+    run = subprocess.run(torchrun(str(path)), env=env, capture_output=True, text=True, timeout=100)
+    assert run.returncode != 0
+    for words in said:
+        assert words in run.stdout, run.stdout + run.stderr[-2000:]
     assert time.monotonic() - start < 50
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lw_fast.batches import SourceTable
+from lw_fast.batches import SourceTable, to_device
 from lw_fast.encoder import SourceBatch
 from lw_fast.frozen_lm import FrozenLM
 
@@ -24,7 +24,8 @@ class Reader:
     def __init__(self, lm: FrozenLM, layer_spec: str, cache: str) -> None:
         self.lm, self.cache = lm, cache
         self.layers = lm.resolve_layers(layer_spec)
-        self._tables: dict[int, Tensor] = {}
+        # Weak: the states of an evaluation's table go with it.
+        self._tables: WeakKeyDictionary[SourceTable, Tensor] = WeakKeyDictionary()
 
     @property
     def num_states(self) -> int:
@@ -34,30 +35,31 @@ class Reader:
     def prepare(self, table: SourceTable, batch_size: int = 64) -> None:
         """Reads the whole table once if its states fit (or reader_cache=on)."""
         width = self.lm.d_model * self.num_states
-        size = int(table.offsets_N1[-1]) * width * self.lm.dtype.itemsize
+        size = len(table.flat_ids) * width * self.lm.dtype.itemsize
         if self.cache == "off" or (self.cache == "auto" and size > self._room()):
             return
         flat = torch.empty(
             len(table.flat_ids), width, dtype=self.lm.dtype, device=self.lm.device
         ).zero_()
         # Neighbours in length share a batch, so little padding is read.
-        order = np.argsort(table.length_N, kind="stable")
+        distinct = np.array(table.distinct)
+        order = distinct[np.argsort(table.length_N[distinct], kind="stable")]
         for index in np.array_split(order, max(1, -(-len(order) // batch_size))):
             batch = table.batch(index)
             states_BUF = self.lm.states(batch.ids_BU, self.layers)
             for row, offset, length in zip(
-                states_BUF, table.offsets_N1[index], table.length_N[index], strict=True
+                states_BUF, table.start_N[index], table.length_N[index], strict=True
             ):
                 flat[offset : offset + length] = row[:length]
-        self._tables[id(table)] = flat
+        self._tables[table] = flat
 
     def __call__(self, table: SourceTable, index: np.ndarray, batch: SourceBatch) -> SourceBatch:
         """The batch with its states [B, U, F]: from the cache, else read now."""
-        flat = self._tables.get(id(table))
+        flat = self._tables.get(table)
         if flat is None:
             states_BUF = self.lm.states(batch.ids_BU, self.layers)
         else:
-            offset_B = torch.from_numpy(table.offsets_N1[index]).to(flat.device, non_blocking=True)
+            offset_B = to_device(table.start_N[index], flat.device)
             unit_U = torch.arange(batch.ids_BU.shape[1], device=flat.device)
             states_BUF = flat[offset_B[:, None] + unit_U]
         return dataclasses.replace(batch, states_BUF=states_BUF)

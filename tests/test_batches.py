@@ -1,0 +1,180 @@
+"""Tables and the batches cut from them; which example is trained on when, and on which rank."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lw_fast.batches import AnswerTable, Order, SourceTable, micro_slices
+from lw_fast.source import byte_sources
+
+
+def source_table(num: int = 7, supervise=None) -> tuple[SourceTable, object]:
+    sources = byte_sources(tiny.examples(num), 60)
+    supervise = np.ones(num, bool) if supervise is None else supervise
+    return SourceTable(sources, supervise, tiny.CPU), sources
+
+
+# ------------------------------------------------------------------------------- sources
+
+
+def test_source_batches_equal_the_sources():
+    """Right units, padded with zeros on the right only as far as the batch needs."""
+    table, sources = source_table()
+    index = np.array([5, 0, 3, 6])  # the last one ends the table: nothing lies behind it
+    batch = table.batch(index)
+    assert batch.ids_BU.shape[1] == sources.lengths[index].max()
+    for row, mask, context, i in zip(
+        batch.ids_BU, batch.mask_BU, batch.context_BU, index, strict=True
+    ):
+        length, start = sources.lengths[i], sources.context_start[i]
+        assert row[:length].tolist() == sources[i].tolist()
+        assert not row[length:].any() and mask.sum() == length and mask[:length].all()
+        assert context.nonzero()[:, 0].tolist() == list(range(start, length))
+    assert batch.span_B2.tolist() == sources.span[index].tolist()
+    assert batch.states_BUF is None
+
+
+def test_the_answer_lies_in_its_span_of_the_batch():
+    table, _ = source_table()
+    batch = table.batch(np.arange(7))
+    for row, (first, last), example in zip(
+        batch.ids_BU, batch.span_B2.tolist(), tiny.examples(7), strict=True
+    ):
+        if first >= 0:
+            assert bytes(row[first : last + 1].tolist()).decode() == example.answers[0]
+    assert (batch.span_B2[:, 0] >= 0).sum() >= 3
+
+
+def test_spans_to_repeat_are_not_supervised_and_always_copy_gold():
+    supervise = np.array([True, False, True, False, True, True, True])
+    table, sources = source_table(supervise=supervise)
+    wanted = np.array([False, False, True, True])
+    batch = table.batch(np.arange(4), wanted)
+    assert batch.span_loss_B.tolist() == [True, False, True, False]
+    assert batch.use_gold_B.tolist() == [False, True, True, True]
+    known = sources.span[:4, 0] >= 0
+    assert table.num_spans(np.arange(4)) == (known & supervise[:4]).sum() > 0
+    assert not table.batch(np.array([0, 2])).use_gold_B.any()
+
+
+def test_lost_spans_are_not_counted():
+    sources = byte_sources(tiny.examples(4), 30)  # cut within the context
+    assert sources.span_lost == 4
+    table = SourceTable(sources, np.ones(4, bool), tiny.CPU)
+    assert table.num_spans(np.arange(4)) == 0
+    assert (table.batch(np.arange(4)).span_B2 == -1).all()
+
+
+# ------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+def test_answer_batches_hold_anchor_and_answer(name):
+    lm = tiny.frozen_lm(name)
+    answers = [example.answers[0] for example in tiny.examples(6)]
+    table = AnswerTable(lm, answers, tiny.config(latent_len=6))
+    index = np.array([4, 1, 1])
+    batch = table.batch(index)
+    anchor = lm.tokenizer("Answer:", add_special_tokens=False).input_ids
+    real = 0
+    for row, i in zip(batch.tail_BT.tolist(), index, strict=True):
+        whole = lm.tokenizer(f"Answer: {answers[i]}", add_special_tokens=False).input_ids
+        assert row[: len(whole)] == whole
+        real += len(whole)
+    assert batch.head_H.tolist() == ([lm.tokenizer.bos_token_id] if name == "llama" else [])
+    assert batch.tail_BT.shape[1] == len(anchor) + table.length_N[index].max()
+    # Padding is no work: it is not counted.
+    assert batch.num_positions == real + len(index) * (6 + len(batch.head_H))
+
+
+# ------------------------------------------------------------------------------- order
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
+def test_an_epoch_takes_every_example_at_most_once(num, batch_size, epoch):
+    batch_size = min(batch_size, num)
+    order = Order(num, batch_size, seed=1)
+    first = epoch * order.steps_per_epoch
+    taken = np.concatenate([order.step(first + i) for i in range(order.steps_per_epoch)])
+    assert len(np.unique(taken)) == len(taken) == num // batch_size * batch_size
+    assert taken.max() < num
+
+
+def test_order_differs_by_epoch_and_seed_only():
+    def epoch_of(order, epoch):
+        return np.concatenate([order.step(epoch * 5 + i) for i in range(5)]).tolist()
+
+    order = Order(20, 4, seed=1)
+    assert epoch_of(order, 1) == epoch_of(Order(20, 4, seed=1), 1)
+    assert epoch_of(order, 0) != epoch_of(order, 1)
+    assert epoch_of(order, 0) != epoch_of(Order(20, 4, seed=2), 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 9))
+def test_ranks_and_micro_batches_share_a_batch_out(per_rank, world, micro):
+    """Together they cover the batch once; each rank makes the same number of passes."""
+    size = per_rank * world
+    parts = [micro_slices(size, rank, world, micro) for rank in range(world)]
+    covered = [i for rank in parts for part in rank for i in range(size)[part]]
+    assert covered == list(range(size))
+    assert len({len(rank) for rank in parts}) == 1
+    assert all(part.stop - part.start <= micro for rank in parts for part in rank)
+
+
+def test_the_reader_cache_does_not_change_states():
+    """Cached states equal those read for this batch; what lies behind a source does not matter."""
+    model = tiny.latent_model(reader_cache="on")
+    table = model.source_table(tiny.examples(9))
+    index = np.array([8, 2, 5])
+    cached = model.batch(table, index)
+    model.reader._tables.clear()
+    fresh = model.batch(table, index)
+    assert cached.states_BUF.shape == (3, cached.ids_BU.shape[1], 2 * 24)
+    real = fresh.mask_BU
+    torch.testing.assert_close(cached.states_BUF[real], fresh.states_BUF[real])
+
+
+def test_reader_cache_off_and_auto(monkeypatch):
+    examples = tiny.examples(3)
+    off = tiny.latent_model(reader_cache="off")
+    off.source_table(examples)
+    assert not off.reader._tables
+    auto = tiny.latent_model(reader_cache="auto")
+    auto.source_table(examples)
+    assert auto.reader._tables
+    monkeypatch.setattr("lw_fast.reader.CACHE_BYTES_CPU", 100)
+    small = tiny.latent_model(reader_cache="auto")
+    small.source_table(examples)
+    assert not small.reader._tables
+
+
+def test_cached_states_go_with_their_table():
+    """Each evaluation makes a table; kept for ever, their states would fill the device."""
+    model = tiny.latent_model(reader_cache="on")
+    kept = model.source_table(tiny.examples(2))
+    for _ in range(3):
+        model.source_table(tiny.examples(3))
+    gc.collect()
+    assert list(model.reader._tables) == [kept]
+
+
+def test_reader_states_are_hidden_states_of_the_lm():
+    """Layer 0 is the embedding; the last one is what the LM's own head reads."""
+    model = tiny.latent_model()
+    table = model.source_table(tiny.examples(2))
+    batch = model.batch(table, np.arange(2))
+    lm = model.reader.lm
+    embedded, last = batch.states_BUF.split(24, dim=-1)
+    real = batch.mask_BU
+    torch.testing.assert_close(embedded[real], lm.embed(batch.ids_BU)[real])
+    logits = lm.model(input_ids=batch.ids_BU).logits
+    torch.testing.assert_close(lm.logits(last)[real], logits[real])

@@ -4,6 +4,7 @@ Independent of lw_fast. Importing this package imports neither Triton nor CUDA: 
 when it first runs. Every op takes `impl="auto" | "torch" | "triton"` (see `dispatch`).
 """
 
+from lw_kernels.kl_topk import kl_topk, kl_topk_ref
 from lw_kernels.linear_masked_ce import linear_masked_ce, linear_masked_ce_ref
 from lw_kernels.masked_cross_entropy import (
     CrossEntropyRows,
@@ -15,6 +16,8 @@ from lw_kernels.prefix_concat import PrefixConcat, prefix_concat, prefix_concat_
 __all__ = [
     "CrossEntropyRows",
     "PrefixConcat",
+    "kl_topk",
+    "kl_topk_ref",
     "linear_masked_ce",
     "linear_masked_ce_ref",
     "masked_cross_entropy",

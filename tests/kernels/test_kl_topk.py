@@ -5,17 +5,16 @@ import torch
 import torch.nn.functional as F
 from lw_kernels import kl_topk, kl_topk_ref
 from lw_kernels.kl_topk import _kl_topk
-from yardstick import assert_within, device
+from yardstick import assert_within, device, seeded
 
 BF16, F32 = torch.bfloat16, torch.float32
 
 
 def make(num_rows: int, num_vocab: int, num_top: int, dtype: torch.dtype) -> tuple:
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(num_rows, num_vocab, generator=g) * 2
-    teacher, ids = (logits + torch.randn(logits.shape, generator=g)).topk(num_top)
-    weights = torch.rand(num_rows, generator=g) + 0.5
-    return tuple(x.to(device()) for x in (logits.to(dtype), teacher.to(dtype), ids, weights))
+    on = seeded(0)
+    logits = torch.randn(num_rows, num_vocab, **on) * 2
+    teacher, ids = (logits + torch.randn(logits.shape, **on)).topk(num_top)
+    return logits.to(dtype), teacher.to(dtype), ids, torch.rand(num_rows, **on) + 0.5
 
 
 def run(logits, teacher, ids, weights=None, fn=kl_topk, **kwargs):

@@ -4,25 +4,24 @@ import pytest
 import torch
 from lw_kernels import linear_masked_ce, linear_masked_ce_ref
 from lw_kernels.linear_masked_ce import CHUNK_BYTES, _linear_masked_ce, rows_per_chunk
-from yardstick import assert_within, device, max_error
+from yardstick import assert_within, device, max_error, seeded
 
 BF16, F32 = torch.bfloat16, torch.float32
 
 
 def make(num_rows: int, num_vocab: int, dim: int, dtype: torch.dtype, ignored: float = 0.2):
     """Hidden rows, of which every other points at its label's row of the head."""
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(num_vocab, dim, generator=g) * 0.5
-    labels = torch.randint(0, num_vocab, (num_rows,), generator=g)
-    hidden = torch.randn(num_rows, dim, generator=g) / dim**0.5
+    on = seeded(0)
+    weight = torch.randn(num_vocab, dim, **on) * 0.5
+    labels = torch.randint(0, num_vocab, (num_rows,), **on)
+    hidden = torch.randn(num_rows, dim, **on) / dim**0.5
     hidden[::2] += weight[labels[::2]] * (40 / dim)
-    labels[torch.rand(num_rows, generator=g) < ignored] = -100
-    x = {
+    labels[torch.rand(num_rows, **on) < ignored] = -100
+    return {
         "hidden": hidden.to(dtype), "weight": weight.to(dtype), "labels": labels,
-        "bias": torch.randn(num_vocab, generator=g).to(dtype),
-        "weights": torch.rand(num_rows, generator=g) + 0.5,
+        "bias": torch.randn(num_vocab, **on).to(dtype),
+        "weights": torch.rand(num_rows, **on) + 0.5,
     }
-    return {name: t.to(device()) for name, t in x.items()}
 
 
 def run(x: dict, fn=linear_masked_ce, wide: bool = False, bias: bool = True, **kwargs):

@@ -5,20 +5,19 @@ import torch
 import torch.nn.functional as F
 from lw_kernels import masked_cross_entropy, masked_cross_entropy_ref
 from lw_kernels.masked_cross_entropy import _masked_cross_entropy
-from yardstick import assert_within, device, max_error
+from yardstick import assert_within, device, max_error, seeded
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def make(num_rows: int, num_vocab: int, dtype: torch.dtype, ignored: float = 0.2, seed: int = 0):
     """Logits with some clear winners (a flat softmax would hide a broken one), labels, weights."""
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_rows, num_vocab, generator=g) * 2
-    labels = torch.randint(0, num_vocab, (num_rows,), generator=g)
+    on = seeded(seed)
+    logits = torch.randn(num_rows, num_vocab, **on) * 2
+    labels = torch.randint(0, num_vocab, (num_rows,), **on)
     logits[::2] += 12 * F.one_hot(labels[::2], num_vocab)
-    labels[torch.rand(num_rows, generator=g) < ignored] = -100
-    weights = torch.rand(num_rows, generator=g) + 0.5
-    return logits.to(device(), dtype), labels.to(device()), weights.to(device())
+    labels[torch.rand(num_rows, **on) < ignored] = -100
+    return logits.to(dtype), labels, torch.rand(num_rows, **on) + 0.5
 
 
 def run(logits, labels, weights=None, fn=masked_cross_entropy, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lw_kernels import PrefixConcat, prefix_concat, prefix_concat_ref
 from lw_kernels.prefix_concat import _prefix_concat
-from yardstick import assert_within, device, max_error
+from yardstick import assert_within, device, max_error, seeded
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -27,17 +27,15 @@ class Case:
     gain: float = 1.5
 
     def inputs(self, seed: int = 0) -> dict:
-        g = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self.vocab, (self.batch, self.tail + self.head), generator=g)
-        lengths = torch.randint(0, self.tail + 1, (self.batch,), generator=g)
-        out = {
-            "raw": torch.randn(self.batch, self.slots, self.dim, generator=g).to(self.raw) * 2,
-            "embed": torch.randn(self.vocab, self.dim, generator=g).to(self.embed),
+        on = seeded(seed)
+        ids = torch.randint(0, self.vocab, (self.batch, self.tail + self.head), **on)
+        return {
+            "raw": torch.randn(self.batch, self.slots, self.dim, **on).to(self.raw) * 2,
+            "embed": torch.randn(self.vocab, self.dim, **on).to(self.embed),
             "tail_ids": ids[:, self.head :],
-            "lengths": lengths,
+            "lengths": torch.randint(0, self.tail + 1, (self.batch,), **on),
             "head_ids": ids[0, : self.head] if self.batch else ids.new_zeros(self.head),
         }
-        return {name: x.to(device()) for name, x in out.items()}
 
     @property
     def settings(self) -> dict:
@@ -59,7 +57,7 @@ def run(case: Case, inputs: dict, fn=prefix_concat, wide: bool = False, **kwargs
         raw, embed, inputs["tail_ids"], inputs["lengths"], head_ids_H=inputs["head_ids"],
         packed_rows=rows, **case.settings, **kwargs,
     )
-    weights = torch.randn(out.embeds.shape, generator=torch.Generator().manual_seed(9))
+    weights = torch.randn(out.embeds.shape, **seeded(9))
     weights = weights.to(inputs["embed"]).to(out.embeds)
     (grad,) = torch.autograd.grad(out.embeds, raw, weights)
     return out, grad

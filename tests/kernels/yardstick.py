@@ -12,6 +12,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def seeded(seed: int) -> dict:
+    """Keywords that make torch.randn and its kin repeatable, on the device under test."""
+    return {"generator": torch.Generator(device()).manual_seed(seed), "device": device()}
+
+
 def max_error(x: Tensor, truth: Tensor) -> float:
     """Largest absolute difference; NaN anywhere makes it NaN, which no bound accepts."""
     return (x.double() - truth.double()).abs().max().item() if truth.numel() else 0.0

@@ -100,19 +100,25 @@ class AnswerTable:
 
 
 class SourceTable:
-    """All sources of a data set as units (bytes or reader tokens) on the device."""
+    """All sources of a data set as units (bytes or reader tokens) on the device.
+
+    Equal sources (several spans of one context to repeat) are stored, and read by a reader, once.
+    """
 
     def __init__(self, sources: Sources, supervise_N: np.ndarray, device: torch.device) -> None:
         """supervise_N: bool, False for spans to repeat, which no question asks for."""
         self.device = device
-        self.offsets_N1 = sources.offsets
-        self.length_N = np.diff(sources.offsets)
+        self.length_N = sources.lengths
+        self.start_N, self.distinct = _deduplicate(sources)
+        flat = np.concatenate([sources[i] for i in self.distinct])
         # One spare batch width of zeros lets every row be read at the batch's full width.
-        flat = np.concatenate([sources.ids, np.zeros(int(self.length_N.max()), sources.ids.dtype)])
+        flat = np.concatenate([flat, np.zeros(int(self.length_N.max()), flat.dtype)])
         self.flat_ids = torch.from_numpy(flat).to(device)
         self.span_N2 = sources.span.astype(np.int64)
         self.context_start_N = np.asarray(sources.context_start, dtype=np.int64)
         self.supervise_N = supervise_N
+        self.states: Tensor | None = None
+        """Reader states of flat_ids, where a reader keeps them (reader.py)."""
 
     def __len__(self) -> int:
         return len(self.length_N)
@@ -126,7 +132,7 @@ class SourceTable:
         if use_gold_B is None:
             use_gold_B = np.zeros(len(index), dtype=bool)
         length_B = self.length_N[index]
-        columns = [self.offsets_N1[index], length_B, self.context_start_N[index]]
+        columns = [self.start_N[index], length_B, self.context_start_N[index]]
         flags = [self.supervise_N[index], use_gold_B | ~self.supervise_N[index]]
         facts = np.stack([*columns, *self.span_N2[index].T, *flags], axis=1).astype(np.int64)
         facts_BK = to_device(facts, self.device)
@@ -142,6 +148,21 @@ class SourceTable:
             span_loss_B=facts_BK[:, 5].bool(),
             use_gold_B=facts_BK[:, 6].bool(),
         )
+
+
+def _deduplicate(sources: Sources) -> tuple[np.ndarray, list[int]]:
+    """Where each source starts once equal ones are stored once [N], and the first of each."""
+    start_of: dict[bytes, int] = {}
+    start_N = np.zeros(len(sources), dtype=np.int64)
+    distinct, end = [], 0
+    for i in range(len(sources)):
+        key = sources[i].tobytes()
+        if key not in start_of:
+            start_of[key] = end
+            distinct.append(i)
+            end += len(sources[i])
+        start_N[i] = start_of[key]
+    return start_N, distinct
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,8 @@ class PlainEngine:
     @torch.no_grad()
     def step(self, lr_factor: float) -> Tensor:
         _set_lr(self._optimizer, self._peaks, lr_factor)
-        norm = self._grad.norm()
+        # In fp32 a CPU sums a million squares to four digits only.
+        norm = torch.linalg.vector_norm(self._grad, dtype=torch.float64).float()
         if self._max_norm:
             self._grad.mul_((self._max_norm / (norm + 1e-6)).clamp(max=1.0))
         # How torch.amp.GradScaler tells a fused optimizer to skip a step, without a host sync.

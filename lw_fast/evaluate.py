@@ -116,7 +116,7 @@ def _protocols(config: EvalConfig) -> list[str]:
 def encode(model: LatentModel, examples: Sequence[Example]) -> Latents:
     """Z [N, M, d_z] (fp32) of every example and the text of the predicted spans."""
     sources = model.sources(examples)
-    table = model.source_table(examples)
+    table = model.source_table(examples, sources)
     z, spans = [], []
     for index in _chunks(len(examples), model.config.eval.chunk_size):
         with model.bridge.precision(model.device):

@@ -311,6 +311,8 @@ def _read_gguf(path: Path) -> tuple[nn.Module, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
+
     # Newer transformers keep GGUF weights "quantised" unless told otherwise, which cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}

@@ -39,10 +39,10 @@ class LatentModel:
             return byte_sources(examples, encoder.max_bytes)
         return token_sources(examples, self.reader.lm.tokenizer, encoder.max_source_tokens)
 
-    def source_table(self, examples: Sequence[Example]) -> SourceTable:
+    def source_table(self, examples: Sequence[Example], sources: Sources) -> SourceTable:
         """Sources on the device, read by the reader where its states fit."""
         supervise_N = np.array([bool(example.question) for example in examples])
-        table = SourceTable(self.sources(examples), supervise_N, self.device)
+        table = SourceTable(sources, supervise_N, self.device)
         if self.reader is not None:
             self.reader.prepare(table)
         return table
@@ -51,7 +51,7 @@ class LatentModel:
         """Everything a training step needs of `examples`, tokenised once."""
         answers = [example.answers[0] for example in examples]
         return Tables(
-            sources=self.source_table(examples),
+            sources=self.source_table(examples, self.sources(examples)),
             answers={name: AnswerTable(lm, answers, self.config) for name, lm in self.lms.items()},
             examples=examples,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,8 +23,6 @@ class Reader:
     def __init__(self, lm: FrozenLM, layer_spec: str, cache: str) -> None:
         self.lm, self.cache = lm, cache
         self.layers = lm.resolve_layers(layer_spec)
-        # Weak: the states of an evaluation's table go with it.
-        self._tables: WeakKeyDictionary[SourceTable, Tensor] = WeakKeyDictionary()
 
     @property
     def num_states(self) -> int:
@@ -51,11 +48,11 @@ class Reader:
                 states_BUF, table.start_N[index], table.length_N[index], strict=True
             ):
                 flat[offset : offset + length] = row[:length]
-        self._tables[table] = flat
+        table.states = flat
 
     def __call__(self, table: SourceTable, index: np.ndarray, batch: SourceBatch) -> SourceBatch:
         """The batch with its states [B, U, F]: from the cache, else read now."""
-        flat = self._tables.get(table)
+        flat = table.states
         if flat is None:
             states_BUF = self.lm.states(batch.ids_BU, self.layers)
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
 import tiny
@@ -130,48 +128,59 @@ def test_ranks_and_micro_batches_share_a_batch_out(per_rank, world, micro):
     assert all(part.stop - part.start <= micro for rank in parts for part in rank)
 
 
+# ------------------------------------------------------------------------------- reader
+
+
+def read_table(model, num: int) -> SourceTable:
+    return model.tables(tiny.examples(num)).sources
+
+
 def test_the_reader_cache_does_not_change_states():
     """Cached states equal those read for this batch; what lies behind a source does not matter."""
-    model = tiny.latent_model(reader_cache="on")
-    table = model.source_table(tiny.examples(9))
     index = np.array([8, 2, 5])
-    cached = model.batch(table, index)
-    model.reader._tables.clear()
-    fresh = model.batch(table, index)
+    batches = []
+    for cache in ("on", "off"):
+        model = tiny.latent_model(reader_cache=cache)
+        batches.append(model.batch(read_table(model, 9), index))
+    cached, fresh = batches
     assert cached.states_BUF.shape == (3, cached.ids_BU.shape[1], 2 * 24)
     real = fresh.mask_BU
     torch.testing.assert_close(cached.states_BUF[real], fresh.states_BUF[real])
 
 
 def test_reader_cache_off_and_auto(monkeypatch):
-    examples = tiny.examples(3)
-    off = tiny.latent_model(reader_cache="off")
-    off.source_table(examples)
-    assert not off.reader._tables
-    auto = tiny.latent_model(reader_cache="auto")
-    auto.source_table(examples)
-    assert auto.reader._tables
+    """auto keeps states where they fit; they belong to their table, and go with it."""
+    assert read_table(tiny.latent_model(reader_cache="off"), 3).states is None
+    assert read_table(tiny.latent_model(reader_cache="auto"), 3).states is not None
     monkeypatch.setattr("lw_fast.reader.CACHE_BYTES_CPU", 100)
-    small = tiny.latent_model(reader_cache="auto")
-    small.source_table(examples)
-    assert not small.reader._tables
+    assert read_table(tiny.latent_model(reader_cache="auto"), 3).states is None
 
 
-def test_cached_states_go_with_their_table():
-    """Each evaluation makes a table; kept for ever, their states would fill the device."""
+def test_equal_sources_are_read_once(monkeypatch):
+    """Spans to repeat share their context: it is stored and read once, and each finds its own."""
     model = tiny.latent_model(reader_cache="on")
-    kept = model.source_table(tiny.examples(2))
-    for _ in range(3):
-        model.source_table(tiny.examples(3))
-    gc.collect()
-    assert list(model.reader._tables) == [kept]
+    examples = tiny.examples(3)
+    again = [examples[1], *examples, examples[0]]
+    units = []
+    states = model.reader.lm.states
+    monkeypatch.setattr(
+        type(model.reader.lm),
+        "states",
+        lambda lm, ids, layers: units.append(len(ids)) or states(ids, layers),
+    )
+    table = model.tables(again).sources
+    assert sum(units) == 3
+    batch = model.batch(table, np.arange(5))
+    expected = model.batch(model.tables(examples).sources, np.array([1, 0, 1, 2, 0]))
+    assert torch.equal(batch.ids_BU, expected.ids_BU)
+    real = batch.mask_BU
+    torch.testing.assert_close(batch.states_BUF[real], expected.states_BUF[real])
 
 
 def test_reader_states_are_hidden_states_of_the_lm():
     """Layer 0 is the embedding; the last one is what the LM's own head reads."""
     model = tiny.latent_model()
-    table = model.source_table(tiny.examples(2))
-    batch = model.batch(table, np.arange(2))
+    batch = model.batch(read_table(model, 2), np.arange(2))
     lm = model.reader.lm
     embedded, last = batch.states_BUF.split(24, dim=-1)
     real = batch.mask_BU

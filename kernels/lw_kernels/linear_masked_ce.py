@@ -24,6 +24,7 @@ from torch import Tensor
 from lw_kernels.dispatch import choose
 from lw_kernels.masked_cross_entropy import (
     CrossEntropyRows,
+    RowTensors,
     check_labels,
     masked_cross_entropy_ref,
     new_rows,
@@ -66,7 +67,8 @@ def linear_masked_ce(
             bias_V=bias_V, weights_N=weights_N, ignore_index=ignore_index,
         )
     if chunk_rows is None:
-        chunk_rows = rows_per_chunk(*labels_N.shape, weight_VD.shape[0], hidden_ND.dtype.itemsize)
+        num_rows, num_vocab = hidden_ND.shape[0], weight_VD.shape[0]
+        chunk_rows = rows_per_chunk(num_rows, num_vocab, hidden_ND.dtype.itemsize)
     need_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
     *rows, _ = _linear_masked_ce(
         hidden_ND, weight_VD, bias_V, labels_N, weights_N, ignore_index, chunk_rows, need_grad
@@ -163,7 +165,7 @@ def _(hidden_ND, weight_VD, bias_V, labels_N, weights_N, ignore_index, chunk_row
     return *rows, grad_ND
 
 
-def _new_outputs(hidden_ND: Tensor, need_grad: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+def _new_outputs(hidden_ND: Tensor, need_grad: bool) -> tuple[RowTensors, Tensor]:
     shape = hidden_ND.shape if need_grad else (0, 0)
     return new_rows(hidden_ND, hidden_ND.shape[0]), hidden_ND.new_empty(shape)
 

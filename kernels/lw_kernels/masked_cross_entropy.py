@@ -39,6 +39,10 @@ class CrossEntropyRows(NamedTuple):
     """bool [N]: fewer than five are."""
 
 
+RowTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The fields of CrossEntropyRows in order; a custom op returns plain tuples."""
+
+
 def masked_cross_entropy(
     logits_NV: Tensor,
     labels_N: Tensor,
@@ -121,10 +125,11 @@ def check_labels(op: str, labels: Tensor, weights: Tensor | None) -> None:
         raise ValueError(f"{op}: weights get no gradient; detach them")
 
 
-def new_rows(like: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def new_rows(like: Tensor, num_rows: int) -> RowTensors:
     """Empty fields of CrossEntropyRows (a custom op must not return views of one buffer)."""
-    floats = [like.new_empty(num_rows, dtype=torch.float32) for _ in range(3)]
-    return *floats, *(like.new_empty(num_rows, dtype=torch.bool) for _ in range(2))
+    loss, nll, lse = (like.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
+    top1, top5 = (like.new_empty(num_rows, dtype=torch.bool) for _ in range(2))
+    return loss, nll, lse, top1, top5
 
 
 @torch.library.custom_op("lw_kernels::masked_cross_entropy", mutates_args=())

@@ -39,7 +39,8 @@ class Adapter(nn.Module):
 
 def rms(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
     """Root mean square in fp32, at least 1e-8."""
-    return x.float().square().mean(dim, keepdim=keepdim).sqrt().clamp_min(1e-8)
+    # Clamped under the root, whose slope at zero is infinite.
+    return x.float().square().mean(dim, keepdim=keepdim).clamp_min(1e-16).sqrt()
 
 
 def calibrate(raw_BMD: Tensor, mode: str, target_rms: float, gain: float = 1.0) -> Tensor:

@@ -153,7 +153,7 @@ class ByteEncoder(nn.Module):
             Block(dim, enc.encoder_heads, enc.encoder_dropout) for _ in range(enc.encoder_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, local)
+        self.up = nn.Linear(dim, local) if enc.span_head else None
         self.span = (
             nn.Sequential(
                 nn.LayerNorm(local), nn.Linear(local, local), nn.GELU(), nn.Linear(local, 2)
@@ -267,7 +267,7 @@ class _SeedPooler(nn.Module):
         self.latent = nn.Parameter(0.02 * torch.randn(latent_len, dim))
         self.cross_attn = nn.MultiheadAttention(dim, self.HEADS, batch_first=True)
         self.ff = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+            nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
         )
 
     def forward(self, hidden_BUZ: Tensor, mask_BU: Tensor) -> Tensor:

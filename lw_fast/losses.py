@@ -33,8 +33,8 @@ def token_scores(logits_NV: Tensor, targets_N: Tensor) -> TokenScores:
     with torch.no_grad():
         gold_N1 = logits_NV.gather(1, targets_N[:, None])
         above_N = (logits_NV > gold_N1).sum(1)
-        # NaN compares false with everything; it must not read as a hit.
-        valid_N = torch.isfinite(gold_N1[:, 0])
+        # NaN compares false with everything; a row that holds one must not read as a hit.
+        valid_N = torch.isfinite(nll_N)
     return TokenScores(nll_N, (above_N < 1) & valid_N, (above_N < 5) & valid_N)
 
 

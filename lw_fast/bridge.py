@@ -184,7 +184,7 @@ def step_loss(
             lm,
             output.prefix[name],
             answers[name],
-            row_weight=1 / (num_lms * counts.rows[name]),
+            row_weight=1 / (num_lms * max(counts.rows[name], 1)),
             first_weight=loss.first_token_ce_weight / (num_lms * counts.examples),
         )
         total = total + lm_loss

@@ -274,7 +274,7 @@ def test_frozen_lms_stay_as_they_were(model, tables):
     losses = []
     for _ in range(5):
         loss, _ = loss_of(model, tables, ALL)
-        losses.append(float(loss))
+        losses.append(loss.item())
         engine.backward(loss, last=True)
         engine.step(1.0)
     after = engine.module_state()

@@ -32,6 +32,8 @@ class BridgeOutput:
     """Calibrated prefix per LM, fp32 [B, M, D]."""
     raw_rms: Mapping[str, Tensor]
     """RMS of the uncalibrated prefix per LM, fp32 [B]."""
+    scale: Mapping[str, Tensor]
+    """adapter.scale per LM [1], read here because ZeRO-3 gathers weights only in a forward."""
 
 
 class LatentBridge(nn.Module):
@@ -69,6 +71,7 @@ class LatentBridge(nn.Module):
             encoded=encoded,
             prefix={name: self.calibrate(name, raw_BMD) for name, raw_BMD in raw.items()},
             raw_rms={name: rms(raw_BMD, (-2, -1)) for name, raw_BMD in raw.items()},
+            scale={name: adapter.scale for name, adapter in self.adapters.items()},
         )
 
     def prefix(self, name: str, z_BMZ: Tensor, gain: float = 1.0) -> Tensor:
@@ -192,8 +195,7 @@ def step_loss(
             penalty = rms_penalty(output.raw_rms[name], bridge.embed_rms[name])
             total = total + loss.adapter_rms_l2 * penalty / counts.examples
     if loss.scale_l2:
-        scales = [adapter.scale for adapter in bridge.adapters.values()]
-        total = total + loss.scale_l2 * share * scale_penalty(scales)
+        total = total + loss.scale_l2 * share * scale_penalty(list(output.scale.values()))
     if output.encoded.span_logits_BU2 is not None:
         span_B2 = torch.where(source.span_loss_B[:, None], source.span_B2, -1)
         logits_BU2 = output.encoded.span_logits_BU2[:, : source.context_BU.shape[1]]

@@ -385,7 +385,7 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
             run.run_dir / f"eval_epoch{run.epoch}",
         )
         progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
-    run.world.barrier()
+    run.world.barrier(patient=True)
     return metrics
 
 

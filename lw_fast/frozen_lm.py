@@ -166,6 +166,9 @@ def load_frozen_lm(
         model, tokenizer = _pretrained(name, source, options, config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"lm.{name}: the tokenizer of {source} has no EOS token")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id >= rows:
+        raise UserError(f"lm.{name}: the tokenizer's EOS is not among the {rows} tokens of the LM")
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -180,7 +183,7 @@ def load_tokenizer(name: str, source: str, trust_remote_code: bool = False) -> A
     folder = _resolve(name, source)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # on a damaged file its parsers raise whatever they trip over
         raise UserError(f"lm.{name}: no tokenizer at {source}: {_first_line(error)}") from None
 
 
@@ -189,13 +192,19 @@ def _pretrained(name: str, source: str, options: dict, trust: bool) -> tuple[nn.
 
     tokenizer = load_tokenizer(name, source, trust)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            _resolve(name, source), trust_remote_code=trust, use_safetensors=True, **options
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            _resolve(name, source),
+            trust_remote_code=trust,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     except ImportError as error:
         raise UserError(f"lm.{name}: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, _safetensors_error()) as error:
+    except Exception as error:  # as above
         raise UserError(f"lm.{name}: cannot load {source}: {_first_line(error)}") from None
+    if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+        raise UserError(f"lm.{name}: {source} lacks {len(missing)} weights, such as {missing[0]}")
     return model, tokenizer
 
 
@@ -294,7 +303,7 @@ def _convert_gguf(name: str, path: Path) -> Path:
         model, tokenizer = _read_gguf(path)
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, ImportError) as error:
+    except Exception as error:  # as above
         shutil.rmtree(work)
         raise UserError(f"lm.{name}: {path} is not a readable GGUF: {_first_line(error)}") from None
     except BaseException:
@@ -322,12 +331,6 @@ def _read_gguf(path: Path) -> tuple[nn.Module, Any]:
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.config.tie_word_embeddings = tied
     return model, AutoTokenizer.from_pretrained(**where)
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
 
 
 def _first_line(error: Exception) -> str:

@@ -131,3 +131,42 @@ def latent_model(settings: Config | None = None, **changes: Any) -> LatentModel:
     if settings.encoder.encoder_type == "lm":
         reader = Reader(lms["qwen"], settings.encoder.reader_layers, settings.encoder.reader_cache)
     return LatentModel(settings, lms, reader, build_bridge(settings, lms, reader, CPU), CPU)
+
+
+def write_gguf(path: Path, lm: FrozenLM) -> Path:
+    """A tiny Qwen2 as a GGUF file (which would keep Llama's query and key rows in another order).
+
+    Matrices are rounded to bf16, as loading does.
+    """
+    import gguf
+
+    shape, tok = lm.model.config, lm.tokenizer
+    words = tok.convert_ids_to_tokens(range(len(tok)))
+    merges = json.loads(tok.backend_tokenizer.to_str())["model"]["merges"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, shape.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word in tok.all_special_tokens else 1 for word in words])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_eos_token_id(tok.eos_token_id)
+    writer.add_pad_token_id(tok.pad_token_id)
+    for name, weight in lm.model.state_dict().items():
+        if name != "lm_head.weight" or not shape.tie_word_embeddings:
+            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(gguf_name, weight.bfloat16().float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lw_fast.batches import to_device
-from lw_fast.config import EvalConfig
+from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
 from lw_fast.errors import UserError
@@ -70,7 +70,9 @@ class Result:
 
 def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> dict[str, Any]:
     """Evaluates a model, writes metrics.json and predictions.jsonl, returns the metrics."""
-    kinds, protocols = _kinds(model.config.eval, model), _protocols(model.config.eval)
+    kinds, protocols = asked_for(model.config)
+    if len(examples) == 1:
+        kinds = [kind for kind in kinds if kind != "shuffled"]  # there is no other latent
     model.bridge.eval()
     started = time.perf_counter()
     latents = encode(model, examples)
@@ -87,29 +89,30 @@ def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> 
     }
     metrics = _metrics(model, examples, latents, results, encode_seconds)
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=True) + "\n")
+    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _write_predictions(out_dir / "predictions.jsonl", examples, latents, results)
     return metrics
 
 
-def _kinds(config: EvalConfig, model: LatentModel) -> list[str]:
-    kinds = [kind.strip() for kind in config.kinds.split(",") if kind.strip()]
-    if unknown := set(kinds) - set(KINDS):
-        raise UserError(
-            f"kinds: unknown {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}"
-        )
-    if "span_text" in kinds and not model.config.encoder.span_head:
+def asked_for(config: Config) -> tuple[list[str], list[str]]:
+    """Prompt kinds and protocols to evaluate.
+
+    Raises:
+        UserError: one of them is unknown, or this encoder cannot serve it.
+    """
+    kinds = [kind.strip() for kind in config.eval.kinds.split(",") if kind.strip()]
+    if not kinds or set(kinds) - set(KINDS):
+        raise UserError(f"kinds must name some of {', '.join(KINDS)}: {config.eval.kinds!r}")
+    if "span_text" in kinds and not config.encoder.span_head:
         raise UserError("kinds: span_text needs an encoder with a span head")
-    if "span_text" in kinds and model.config.encoder.encoder_type == "byte_seed":
+    if "span_text" in kinds and config.encoder.encoder_type == "byte_seed":
         raise UserError("kinds: span_text needs encoder_type byte or lm")
-    return kinds
-
-
-def _protocols(config: EvalConfig) -> list[str]:
-    protocols = [word.strip() for word in config.protocol.split(",") if word.strip()]
+    protocols = [word.strip() for word in config.eval.protocol.split(",") if word.strip()]
     if not protocols or set(protocols) - set(PROTOCOLS):
-        raise UserError(f"protocol must name some of {', '.join(PROTOCOLS)}: {config.protocol!r}")
-    return protocols
+        raise UserError(
+            f"protocol must name some of {', '.join(PROTOCOLS)}: {config.eval.protocol!r}"
+        )
+    return kinds, protocols
 
 
 @torch.no_grad()
@@ -350,8 +353,10 @@ def _diagnostics(model: LatentModel, latents: Latents) -> dict[str, Any]:
     """Is Z alive (spread, not collapsed), and does the prefix have the LM's loudness?"""
     z_NMZ = latents.z_NMZ[:COSINE_EXAMPLES]
     flat = torch.nn.functional.normalize(z_NMZ.flatten(1), dim=1)
-    num = len(flat)
-    cosine = float(((flat @ flat.T).sum() - num) / (num * (num - 1))) if num > 1 else float("nan")
+    num, pairs = len(flat), {}
+    if num > 1:
+        cosine = float(((flat @ flat.T).sum() - num) / (num * (num - 1)))
+        pairs = {"z_cosine": cosine, "z_collapsed": cosine > COLLAPSE_ALARM}
     per_lm = {}
     for name, lm in model.lms.items():
         prefix_BMD = model.bridge.prefix(name, z_NMZ, model.config.adapter.prefix_gain)
@@ -362,8 +367,7 @@ def _diagnostics(model: LatentModel, latents: Latents) -> dict[str, Any]:
         }
     return {
         "z_std": z_NMZ.std().item(),
-        "z_cosine": cosine,
-        "z_collapsed": cosine > COLLAPSE_ALARM,
+        **pairs,
         "prefix": per_lm,
     }
 

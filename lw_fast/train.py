@@ -34,7 +34,7 @@ from lw_fast.config import Config, to_dict
 from lw_fast.data import Example
 from lw_fast.engine import Engine, World, build_engine
 from lw_fast.errors import UserError
-from lw_fast.evaluate import evaluate, table_rows
+from lw_fast.evaluate import asked_for, evaluate, table_rows
 from lw_fast.meters import LMCost, Meter, max_over_ranks, peak_memory
 from lw_fast.model import (
     LatentModel,
@@ -144,6 +144,7 @@ def _setup(config: Config, world: World, run_dir: Path, ds_config: dict[str, Any
     batch_size, micro = config.optim.batch_size, config.micro_batch
     if batch_size % world.size:
         raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
+    asked_for(config)  # not only after hours of training
     examples, note = training_examples(config)
     eval_examples = evaluation_examples(config)
     if len(examples) < batch_size:

@@ -17,6 +17,7 @@ from lw_fast.errors import UserError
 from lw_fast.meters import environment
 
 CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
 
 
 def read_config(folder: Path) -> Config:
@@ -26,7 +27,9 @@ def read_config(folder: Path) -> Config:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError:
         raise UserError(f"{folder} is not a run or checkpoint folder: it has no {CONFIG}") from None
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
@@ -40,16 +43,26 @@ def prepare(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> 
         raise UserError("--resume and --overwrite contradict each other")
     if resume:
         _check_same(read_config(run_dir), config)
-    elif run_dir.exists() and any(path.name != ".lock" for path in run_dir.iterdir()):
-        if not overwrite:
+    elif run_dir.exists() and (names := {path.name for path in run_dir.iterdir()} - {".lock"}):
+        if not _is_run(run_dir):
+            raise UserError(f"{run_dir} holds something else than a run; choose another --run_dir")
+        # A start that failed (a mistyped model, say) left nothing worth keeping.
+        if not overwrite and names - {CONFIG, ENVIRONMENT}:
             raise UserError(f"{run_dir} already holds a run: pass --resume or --overwrite")
-        if not (run_dir / CONFIG).exists():
-            raise UserError(f"{run_dir} is not a run folder (no {CONFIG}); it is not overwritten")
         _clear(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(config), indent=2)
     (run_dir / CONFIG).write_text(text + "\n", encoding="utf-8")
-    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether its config.json is a run's; a model folder has a file of that name too."""
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and isinstance(values.get("lm"), dict)
 
 
 def _check_same(old: Config, new: Config) -> None:
@@ -57,7 +70,7 @@ def _check_same(old: Config, new: Config) -> None:
     if changed:
         listed = ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items())
         raise UserError(
-            f"--resume cannot change {listed}; to start a new run from these weights use --init_from"
+            f"--resume cannot change {listed}; to start a new run from its weights use --init_from"
         )
 
 
@@ -79,8 +92,14 @@ def drop_rows_after(run_dir: Path, step: int) -> None:
     path = run_dir / "log.jsonl"
     if not path.exists():
         return
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    kept = [json.dumps(row) for row in rows if row["step"] <= step]
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the machine went down in the middle of it
+            continue
+        if row["step"] <= step:
+            kept.append(json.dumps(row))
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 

@@ -108,7 +108,7 @@ class SourceTable:
     def __init__(self, sources: Sources, supervise_N: np.ndarray, device: torch.device) -> None:
         """supervise_N: bool, False for spans to repeat, which no question asks for."""
         self.device = device
-        self.length_N = sources.lengths
+        self.length_N, self.num_bytes_N = sources.lengths, sources.num_bytes
         self.start_N, self.distinct = _deduplicate(sources)
         flat = np.concatenate([sources[i] for i in self.distinct])
         # One spare batch width of zeros lets every row be read at the batch's full width.

@@ -33,6 +33,7 @@ class Sources:
             source; (-1, -1) where there is none or where it was cut away.
         context_start: [N] int32, the first unit of the context; the length of the source where
             no context is left.
+        num_bytes: [N] int64, UTF-8 bytes of the text that the units hold.
         cut: sources that lost the end of their context.
         question_cut: those among them that lost even a part of the question.
         span_lost: sources whose answer span was cut away.
@@ -42,6 +43,7 @@ class Sources:
     offsets: np.ndarray
     span: np.ndarray
     context_start: np.ndarray
+    num_bytes: np.ndarray
     cut: int
     question_cut: int
     span_lost: int
@@ -67,6 +69,7 @@ class _Piece:
     span: tuple[int, int]
     full: int
     head: int
+    num_bytes: int
 
 
 def source_head(question: str) -> str:
@@ -117,7 +120,7 @@ def _byte_piece(example: Example, max_bytes: int) -> _Piece:
         start = len(head) + len(example.context[: example.answer_start].encode())
         span = (start, start + len(example.answers[0].encode()) - 1)
     kept = source[: _whole_code_points(source, max_bytes)]
-    return _Piece(np.frombuffer(kept, np.uint8), span, len(source), len(head))
+    return _Piece(np.frombuffer(kept, np.uint8), span, len(source), len(head), len(kept))
 
 
 def _whole_code_points(text: bytes, limit: int) -> int:
@@ -142,7 +145,10 @@ def _token_piece(
     kept = min(max_tokens, len(ids))
     while 0 < kept < len(ids) and offsets[kept][0] < offsets[kept - 1][1]:
         kept -= 1  # both tokens hold bytes of one code point
-    return _Piece(np.array(ids[:kept], np.int32), span, len(ids), _first_after(offsets, head))
+    text = source_text(example)
+    num_bytes = len((text if kept == len(ids) else text[: offsets[kept][0]]).encode())
+    first = _first_after(offsets, head)
+    return _Piece(np.array(ids[:kept], np.int32), span, len(ids), first, num_bytes)
 
 
 def _first_after(offsets: list[tuple[int, int]], point: int) -> int:
@@ -169,6 +175,7 @@ def _join(pieces: Iterable[_Piece], dtype: type) -> Sources:
         offsets=offsets,
         span=span,
         context_start=np.minimum(head, lengths).astype(np.int32),
+        num_bytes=np.array([piece.num_bytes for piece in pieces], np.int64),
         cut=int((full > lengths).sum()),
         question_cut=int((head > lengths).sum()),
         span_lost=int(lost.sum()),

@@ -78,6 +78,8 @@ class Run:
     """What was logged since the last row, on the device."""
     rms: dict[str, Tensor] = field(default_factory=dict)
     """Per LM: [sum of raw prefix RMS, examples], over the epoch."""
+    writer: Any = None
+    """TensorBoard's, from the first row on."""
 
     @property
     def total_steps(self) -> int:
@@ -112,8 +114,12 @@ def train(
             _init_from(run, init_from)
         if resume:
             _resume(run)
-        with _stop_on_signals(run):
-            return _loop(run)
+        try:
+            with _stop_on_signals(run):
+                return _loop(run)
+        finally:
+            if run.writer is not None:
+                run.writer.close()
 
 
 @contextmanager
@@ -185,6 +191,8 @@ def _loop(run: Run) -> dict[str, Any] | None:
     config, metrics = run.config, None
     norm: Tensor | None = None
     with Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress:
+        if run.global_step >= run.total_steps:  # resumed where only the evaluation was missing
+            return _evaluate(run, progress)
         while run.global_step < run.total_steps:
             previous, norm = norm, train_step(run)
             _check_finite(run, previous)
@@ -196,7 +204,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
                 progress.update(run.global_step, _log(run, norm))
             if _must_stop(run):
                 _check_finite(run, norm)
-                _save(run, f"step{run.global_step}")
+                _save(run, f"epoch{run.epoch}" if epoch_ends else f"step{run.global_step}")
                 raise Interrupted(f"stopped after step {run.global_step}; --resume continues")
             if epoch_ends:
                 _check_finite(run, norm)
@@ -237,7 +245,7 @@ def train_step(run: Run) -> Tensor:
             positions[name] += batch.num_positions * run.world.size
     run.meter.step(
         samples=len(index),
-        source_bytes=int(run.tables.sources.length_N[index].sum()),
+        source_bytes=int(run.tables.sources.num_bytes_N[index].sum()),
         positions=positions,
         supervised_tokens=dict(counts.rows),
     )
@@ -304,22 +312,15 @@ def _log(run: Run, norm: Tensor) -> dict[str, Any]:
 
 
 def _tensorboard(run: Run, row: Mapping[str, Any]) -> None:
-    writer = _writer(run.run_dir)
-    for name, value in row.items():
-        if name not in ("step", "time"):
-            writer.add_scalar(name, value, run.global_step)
-
-
-_WRITERS: dict[Path, Any] = {}
-
-
-def _writer(run_dir: Path) -> Any:
-    """One TensorBoard writer per run folder."""
-    if run_dir not in _WRITERS:
+    if run.writer is None:
         from torch.utils.tensorboard import SummaryWriter
 
-        _WRITERS[run_dir] = SummaryWriter(str(run_dir / "tensorboard"))
-    return _WRITERS[run_dir]
+        # A resumed run logs some steps again.
+        folder = str(run.run_dir / "tensorboard")
+        run.writer = SummaryWriter(folder, purge_step=run.global_step)
+    for name, value in row.items():
+        if name not in ("step", "time"):
+            run.writer.add_scalar(name, value, run.global_step)
 
 
 def _check_finite(run: Run, norm: Tensor | None) -> None:
@@ -358,6 +359,16 @@ def _stop_on_signals(run: Run):
             signal.signal(number, handler)
 
 
+@contextmanager
+def _interruptible():
+    """Inside, Ctrl-C acts at once: everything is saved, and --resume evaluates."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 # ------------------------------------------------------------------------------- checkpoints
 
 
@@ -380,19 +391,22 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
         bridge = build_bridge(run.config, model.lms, model.reader, model.device)
         bridge.load_state_dict(state)
         progress.note(f"evaluating {len(run.eval_examples)} questions")
-        metrics = evaluate(
-            dataclasses.replace(model, bridge=bridge),
-            run.eval_examples,
-            run.run_dir / f"eval_epoch{run.epoch}",
-        )
+        with _interruptible():
+            metrics = evaluate(
+                dataclasses.replace(model, bridge=bridge), run.eval_examples, _eval_dir(run)
+            )
         progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
     run.world.barrier(patient=True)
     return metrics
 
 
+def _eval_dir(run: Run) -> Path:
+    return run.run_dir / f"eval_epoch{run.epoch}"
+
+
 def _save(run: Run, name: str) -> None:
     state, optimizer = run.engine.module_state(), run.engine.optimizer_state()
-    stats = _training_stats(run)
+    rms, sums = _totals(run, run.rms), _totals(run, run.sums)
     if run.world.is_main:
         encoder, adapters = split_state(state)
         checkpoint.save(
@@ -404,20 +418,29 @@ def _save(run: Run, name: str) -> None:
             progress={
                 "epoch": run.epoch,
                 "global_step": run.global_step,
-                "rms": {k: v.cpu() for k, v in run.rms.items()},
+                "rms": rms,
+                "sums": sums,
             },
             config=to_dict(run.config),
-            stats=stats,
+            stats=_training_stats(run, rms),
             keep_last=run.config.run.keep_last,
         )
     run.world.barrier()
 
 
-def _training_stats(run: Run) -> dict[str, Any]:
+def _totals(run: Run, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over all ranks, on the CPU; `counts` are those of all ranks already. Collective."""
+    return {
+        name: (value if name == "counts" else run.world.all_reduce(value.clone())).cpu()
+        for name, value in sums.items()
+    }
+
+
+def _training_stats(run: Run, rms: Mapping[str, Tensor]) -> dict[str, Any]:
     """Per LM: mean RMS of the raw prefix over the epoch, its calibrated value, the LM's own."""
     stats = {}
     for name, lm in run.model.lms.items():
-        total, count = run.world.all_reduce(run.rms[name].clone()).tolist()
+        total, count = rms[name].tolist()
         raw = total / count
         mode = run.config.adapter.calibration
         fixed = run.config.adapter.prefix_target_rms
@@ -434,9 +457,9 @@ def _training_stats(run: Run) -> dict[str, Any]:
 def _init_from(run: Run, path: Path) -> None:
     """Starts from another run's weights; adapters of LMs that it did not have stay fresh."""
     loaded = checkpoint.load(run_folder.resolve_checkpoint(path))
-    state = run.engine.module_state()
     known = {name: state for name, state in loaded.adapters.items() if name in run.model.lms}
-    run.engine.load_module_state({**state, **join_state(loaded.encoder, known)})
+    _, own = split_state(run.engine.module_state())
+    run.engine.load_module_state(join_state(loaded.encoder, {**own, **known}))
     logger.info("started from the weights of %s", loaded.path)
 
 
@@ -445,13 +468,14 @@ def _resume(run: Run) -> None:
     run.engine.load_module_state(join_state(loaded.encoder, loaded.adapters))
     run.engine.load_optimizer_state(loaded.optimizer)
     run.global_step = loaded.progress["global_step"]
-    run.rms = {k: v.to(run.world.device) for k, v in loaded.progress["rms"].items()}
-    if run.global_step % run.order.steps_per_epoch == 0:
-        run.rms.clear()
-    if not run.world.is_main:
-        run.rms.clear()  # the saved sums are those of all ranks
+    if run.world.is_main:  # the saved sums are those of all ranks
+        device, saved = run.world.device, loaded.progress
+        run.sums = {k: v if k == "counts" else v.to(device) for k, v in saved["sums"].items()}
+        if run.global_step % run.order.steps_per_epoch:
+            run.rms = {k: v.to(device) for k, v in saved["rms"].items()}
     if run.world.is_main:
         run_folder.drop_rows_after(run.run_dir, run.global_step)
     logger.info("resumed %s at step %d", loaded.path, run.global_step)
-    if run.global_step >= run.total_steps:
+    evaluated = (_eval_dir(run) / "metrics.json").exists()
+    if any(run.world.all_gather(run.global_step >= run.total_steps and evaluated)):
         raise UserError(f"nothing to resume: {loaded.path} is the end; raise --epochs to go on")

@@ -33,7 +33,10 @@ EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and that takes no flag for another's abbreviation."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -89,7 +92,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     try:
         command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -169,6 +172,8 @@ def train_main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in flags.items() if name in FIELDS}
     if flags["resume"] and flags["run_dir"] is None:
         raise UserError("--resume needs --run_dir")
+    if flags["resume"] and flags["init_from"] is not None:
+        raise UserError("--resume and --init_from contradict each other")
     config = _train_config(flags, overrides, lms)
     from lw_fast.engine import close_world, init_world, load_ds_config
     from lw_fast.train import Interrupted, train
@@ -258,9 +263,13 @@ def eval_main(argv: Sequence[str]) -> None:
     from lw_fast.run_folder import resolve_checkpoint
 
     path = resolve_checkpoint(flags["ckpt"])
+    out_dir = flags["out_dir"] or path.parent / f"eval_{path.name}"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {out_dir}: {error.strerror}") from None
     world = init_world(use_deepspeed=False, device=flags["device"])
     model = load_model(path, world.device, overrides, lms)
-    out_dir = flags["out_dir"] or path.parent / f"eval_{path.name}"
     metrics = evaluate(model, evaluation_examples(model.config), out_dir)
     print_table(Console(), str(path), table_rows(metrics, list(model.lms)))
     print(f"written to {out_dir}")

@@ -108,12 +108,15 @@ def train(
         UserError: the settings, the data, a model or the run folder do not allow it.
         Interrupted: a signal asked to stop; the state is saved.
     """
+    # Found before the LMs are loaded, which takes minutes where they are large.
+    start = run_folder.resolve_checkpoint(init_from) if init_from is not None else None
     with _run_folder(run_dir, config, world, resume=resume, overwrite=overwrite):
+        start = checkpoint.latest(run_dir) if resume else start
         run = _setup(config, world, run_dir, ds_config)
-        if init_from is not None:
-            _init_from(run, init_from)
         if resume:
-            _resume(run)
+            _resume(run, start)
+        elif start is not None:
+            _init_from(run, start)
         try:
             with _stop_on_signals(run):
                 return _loop(run)
@@ -302,6 +305,8 @@ def _log(run: Run, norm: Tensor) -> dict[str, Any]:
         row[f"{name}/first_nll"] = stats["first_nll_sum"] / examples
         row[f"{name}/first_token_top1"] = stats["first_top1_sum"] / examples
         row[f"{name}/first_token_top5"] = stats["first_top5_sum"] / examples
+    if "align" in sums:
+        row["align_loss"] = sums["align"] / examples
     if "span" in sums:
         row["span_loss"] = sums["span"] / max(spans, 1)
     row |= {key: value for key, value in (rates | memory).items() if value is not None}
@@ -456,15 +461,15 @@ def _training_stats(run: Run, rms: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _init_from(run: Run, path: Path) -> None:
     """Starts from another run's weights; adapters of LMs that it did not have stay fresh."""
-    loaded = checkpoint.load(run_folder.resolve_checkpoint(path))
+    loaded = checkpoint.load(path)
     known = {name: state for name, state in loaded.adapters.items() if name in run.model.lms}
     _, own = split_state(run.engine.module_state())
     run.engine.load_module_state(join_state(loaded.encoder, {**own, **known}))
     logger.info("started from the weights of %s", loaded.path)
 
 
-def _resume(run: Run) -> None:
-    loaded = checkpoint.load(checkpoint.latest(run.run_dir))
+def _resume(run: Run, path: Path) -> None:
+    loaded = checkpoint.load(path)
     run.engine.load_module_state(join_state(loaded.encoder, loaded.adapters))
     run.engine.load_optimizer_state(loaded.optimizer)
     run.global_step = loaded.progress["global_step"]

@@ -108,10 +108,13 @@ def train(
         UserError: the settings, the data, a model or the run folder do not allow it.
         Interrupted: a signal asked to stop; the state is saved.
     """
-    # Found before the LMs are loaded, which takes minutes where they are large.
-    start = run_folder.resolve_checkpoint(init_from) if init_from is not None else None
+    # Read before the LMs, which takes minutes where they are large.
+    start = None
+    if init_from is not None:
+        start = checkpoint.load(run_folder.resolve_checkpoint(init_from))
     with _run_folder(run_dir, config, world, resume=resume, overwrite=overwrite):
-        start = checkpoint.latest(run_dir) if resume else start
+        if resume:
+            start = checkpoint.load(checkpoint.latest(run_dir))
         run = _setup(config, world, run_dir, ds_config)
         if resume:
             _resume(run, start)
@@ -459,17 +462,15 @@ def _training_stats(run: Run, rms: Mapping[str, Tensor]) -> dict[str, Any]:
     return stats
 
 
-def _init_from(run: Run, path: Path) -> None:
+def _init_from(run: Run, loaded: checkpoint.Checkpoint) -> None:
     """Starts from another run's weights; adapters of LMs that it did not have stay fresh."""
-    loaded = checkpoint.load(path)
     known = {name: state for name, state in loaded.adapters.items() if name in run.model.lms}
     _, own = split_state(run.engine.module_state())
     run.engine.load_module_state(join_state(loaded.encoder, {**own, **known}))
     logger.info("started from the weights of %s", loaded.path)
 
 
-def _resume(run: Run, path: Path) -> None:
-    loaded = checkpoint.load(path)
+def _resume(run: Run, loaded: checkpoint.Checkpoint) -> None:
     run.engine.load_module_state(join_state(loaded.encoder, loaded.adapters))
     run.engine.load_optimizer_state(loaded.optimizer)
     run.global_step = loaded.progress["global_step"]

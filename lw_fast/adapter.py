@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +45,32 @@ def rms(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
     return x.float().square().mean(dim, keepdim=keepdim).clamp_min(1e-16).sqrt()
 
 
-def calibrate(raw_BMD: Tensor, mode: str, target_rms: float, gain: float = 1.0) -> Tensor:
-    """Scales a raw prefix so that its RMS is `target_rms`; returns fp32 [B, M, D].
+@dataclass(frozen=True)
+class Calibration:
+    """How a raw prefix is scaled: `per_slot` normalises each latent by itself, `embed_rms` and
+    `fixed` use one factor per example (they differ in where the target comes from), `none` leaves
+    it alone. `gain` comes on top in every mode."""
 
-    `per_slot` normalises each latent by itself, `embed_rms`, `fixed` and `train_stats` use one
-    factor per example (they differ in where the target comes from), `none` leaves the prefix
-    alone.
-    """
-    if mode == "none":
-        return raw_BMD.float() * gain
-    dims = (-1,) if mode == "per_slot" else (-2, -1)
-    return raw_BMD.float() * (target_rms * gain / rms(raw_BMD, dims, keepdim=True))
+    mode: str
+    target_rms: float = 1.0
+    gain: float = 1.0
+
+
+AS_IT_IS = Calibration("none")
+
+KERNEL_MODE = {
+    "none": "none",
+    "per_slot": "per_slot",
+    "embed_rms": "per_example",
+    "fixed": "per_example",
+}
+"""Calibration mode -> what lw_kernels.prefix_concat calls it."""
+
+
+def calibrate(raw_BMD: Tensor, calibration: Calibration) -> Tensor:
+    """The prefix with the RMS that `calibration` asks for, fp32 [B, M, D]."""
+    if calibration.mode == "none":
+        return raw_BMD.float() * calibration.gain
+    dims = (-1,) if calibration.mode == "per_slot" else (-2, -1)
+    factor = calibration.target_rms * calibration.gain
+    return raw_BMD.float() * (factor / rms(raw_BMD, dims, keepdim=True))

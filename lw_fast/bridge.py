@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from lw_kernels import CrossEntropyRows, prefix_concat
 from torch import Tensor, nn
 
-from lw_fast.adapter import Adapter, calibrate, rms
+from lw_fast.adapter import AS_IT_IS, KERNEL_MODE, Adapter, Calibration, calibrate, rms
+from lw_fast.alignment import Alignment
 from lw_fast.batches import AnswerBatch
 from lw_fast.config import Config, LossConfig
 from lw_fast.encoder import Encoded, SourceBatch, build_encoder
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum, token_scores
+from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum
 
 STATS = ("nll_sum", "first_nll_sum", "first_top1_sum", "first_top5_sum", "row_top1_sum")
 """What `frozen_lm_loss` reports per LM, summed over the batch, in this order."""
@@ -25,13 +27,13 @@ STATS = ("nll_sum", "first_nll_sum", "first_top1_sum", "first_top5_sum", "row_to
 
 @dataclass(frozen=True)
 class BridgeOutput:
-    """What one pass through the bridge yields."""
+    """What one pass through the bridge yields, per LM where it says so."""
 
     encoded: Encoded
-    prefix: Mapping[str, Tensor]
-    """Calibrated prefix per LM, fp32 [B, M, D]."""
+    raw: Mapping[str, Tensor]
+    """Prefix before calibration per LM [B, M, D]."""
     raw_rms: Mapping[str, Tensor]
-    """RMS of the uncalibrated prefix per LM, fp32 [B]."""
+    """Its RMS, fp32 [B]."""
     scale: Mapping[str, Tensor]
     """adapter.scale per LM [1], read here because ZeRO-3 gathers weights only in a forward."""
 
@@ -48,8 +50,10 @@ class LatentBridge(nn.Module):
         reader_dim: int = 0,
         num_states: int = 0,
         autocast: bool = False,
+        alignment: Alignment | None = None,
     ) -> None:
-        """`d_model` and `embed_rms` per LM; `reader_dim`, `num_states` for encoder_type=lm."""
+        """`d_model` and `embed_rms` per LM; the reader's shape and the alignment of its tokens with
+        the LMs' for encoder_type=lm."""
         super().__init__()
         self.encoder = build_encoder(config, reader_dim=reader_dim, num_states=num_states)
         self.adapters = nn.ModuleDict(
@@ -61,15 +65,16 @@ class LatentBridge(nn.Module):
         self.embed_rms = dict(embed_rms)
         self.config = config.adapter
         self.autocast = autocast
+        self.alignment = alignment
 
     def forward(self, source: SourceBatch) -> BridgeOutput:
-        """Source -> Z -> one calibrated prefix per LM."""
+        """Source -> Z -> one raw prefix per LM."""
         with self.precision(source.ids_BU.device):
             encoded = self.encoder(source)
             raw = {name: adapter(encoded.z_BMZ) for name, adapter in self.adapters.items()}
         return BridgeOutput(
             encoded=encoded,
-            prefix={name: self.calibrate(name, raw_BMD) for name, raw_BMD in raw.items()},
+            raw=raw,
             raw_rms={name: rms(raw_BMD, (-2, -1)) for name, raw_BMD in raw.items()},
             scale={name: adapter.scale for name, adapter in self.adapters.items()},
         )
@@ -78,17 +83,17 @@ class LatentBridge(nn.Module):
         """Z [B, M, d_z] -> the calibrated prefix of one LM, fp32 [B, M, D]."""
         with self.precision(z_BMZ.device):
             raw_BMD = self.adapters[name](z_BMZ)
-        return self.calibrate(name, raw_BMD, gain)
+        return calibrate(raw_BMD, self.calibration(name, gain))
+
+    def calibration(self, name: str, gain: float = 1.0) -> Calibration:
+        """How the raw prefix of one LM gets that LM's loudness."""
+        mode = self.config.calibration
+        target = self.config.prefix_target_rms if mode == "fixed" else self.embed_rms[name]
+        return Calibration(mode, target, gain)
 
     def precision(self, device: torch.device) -> torch.autocast:
         """The autocast context in which the trainable part computes."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast)
-
-    def calibrate(self, name: str, raw_BMD: Tensor, gain: float = 1.0) -> Tensor:
-        """The raw prefix of one LM at that LM's loudness, fp32 [B, M, D]."""
-        mode = self.config.calibration
-        target = self.config.prefix_target_rms if mode == "fixed" else self.embed_rms[name]
-        return calibrate(raw_BMD, mode, target, gain)
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,38 @@ class StepCounts:
     """Supervised rows per LM."""
 
 
-def frame_prefix(lm: FrozenLM, head_H: Tensor, prefix_BMD: Tensor, tail_BT: Tensor) -> Tensor:
-    """[head][prefix][tail] as input embeddings [B, H + M + T, D] in the LM's dtype."""
-    batch = len(prefix_BMD)
-    head_BHD = lm.embed(head_H).expand(batch, -1, -1)
-    return torch.cat([head_BHD, prefix_BMD.to(lm.dtype), lm.embed(tail_BT)], dim=1)
+def frame_prefix(
+    lm: FrozenLM,
+    head_H: Tensor,
+    raw_BMD: Tensor,
+    tail_BT: Tensor,
+    calibration: Calibration = AS_IT_IS,
+) -> Tensor:
+    """[head][calibrated prefix][tail] as input embeddings [B, H + M + T, D] in the LM's dtype."""
+    return prefix_concat(
+        raw_BMD,
+        lm.model.get_input_embeddings().weight,
+        tail_BT,
+        torch.full((len(tail_BT),), tail_BT.shape[1], device=tail_BT.device),
+        head_ids_H=head_H,
+        calibration=KERNEL_MODE[calibration.mode],
+        target_rms=calibration.target_rms,
+        gain=calibration.gain,
+        impl=lm.kernels,
+    ).embeds
 
 
-def supervised_scores(lm: FrozenLM, prefix_BMD: Tensor, answers: AnswerBatch):
-    """TokenScores of the rows that predict an answer token, from one forward pass."""
-    embeds_BSD = frame_prefix(lm, answers.head_H, prefix_BMD, answers.tail_BT)
+def supervised_scores(
+    lm: FrozenLM,
+    raw_BMD: Tensor,
+    answers: AnswerBatch,
+    calibration: Calibration = AS_IT_IS,
+    weights_N: Tensor | None = None,
+) -> CrossEntropyRows:
+    """Loss and hits of the rows that predict an answer token, from one forward pass."""
+    embeds_BSD = frame_prefix(lm, answers.head_H, raw_BMD, answers.tail_BT, calibration)
     hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[answers.position_N]
-    return token_scores(lm.logits(hidden_ND), answers.target_N)
+    return lm.score(hidden_ND, answers.target_N, weights_N)
 
 
 class _FrozenLMLoss(torch.autograd.Function):
@@ -141,29 +166,27 @@ class _FrozenLMLoss(torch.autograd.Function):
 
 def frozen_lm_loss(
     lm: FrozenLM,
-    prefix_BMD: Tensor,
+    raw_BMD: Tensor,
     answers: AnswerBatch,
+    calibration: Calibration = AS_IT_IS,
     *,
     row_weight: float,
     first_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """(weighted NLL of the answers, STATS [5]) of one LM; the gradient flows to the prefix."""
+    weights_N = row_weight + first_weight * answers.first_N.float()
 
-    def run(prefix_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        scores = supervised_scores(lm, prefix_BMD, answers)
-        first_nll = (scores.nll_N * answers.first_N).sum()
-        nll = scores.nll_N.sum()
-        hits = (
-            (scores.top1_N & answers.first_N).sum(),
-            (scores.top5_N & answers.first_N).sum(),
-            scores.top1_N.sum(),
-        )
-        stats = torch.stack([nll.detach(), first_nll.detach(), *(hit.float() for hit in hits)])
-        return row_weight * nll + first_weight * first_nll, stats
+    def run(raw_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        rows = supervised_scores(lm, raw_BMD, answers, calibration, weights_N)
+        with torch.no_grad():
+            facts_N3 = torch.stack([rows.nll, rows.top1.float(), rows.top5.float()], dim=1)
+            every, first = facts_N3.sum(0), (facts_N3 * answers.first_N[:, None]).sum(0)
+            stats = torch.stack([every[0], first[0], first[1], first[2], every[1]])
+        return rows.loss.sum(), stats
 
-    if torch.is_grad_enabled() and prefix_BMD.requires_grad:
-        return _FrozenLMLoss.apply(prefix_BMD, run)
-    return run(prefix_BMD)
+    if torch.is_grad_enabled() and raw_BMD.requires_grad:
+        return _FrozenLMLoss.apply(raw_BMD, run)
+    return run(raw_BMD)
 
 
 def step_loss(
@@ -185,12 +208,17 @@ def step_loss(
     for name, lm in lms.items():
         lm_loss, sums[name] = frozen_lm_loss(
             lm,
-            output.prefix[name],
+            output.raw[name],
             answers[name],
+            bridge.calibration(name),
             row_weight=1 / (num_lms * max(counts.rows[name], 1)),
             first_weight=loss.first_token_ce_weight / (num_lms * counts.examples),
         )
         total = total + lm_loss
+        if bridge.alignment is not None and loss.align_weight:
+            align = bridge.alignment.loss_sum(lm, output.raw[name], output.encoded.copied_BK)
+            total = total + loss.align_weight / (num_lms * counts.examples) * align
+            _add(sums, "align", align.detach() / num_lms)
         if loss.adapter_rms_l2:
             penalty = rms_penalty(output.raw_rms[name], bridge.embed_rms[name])
             total = total + loss.adapter_rms_l2 * penalty / counts.examples
@@ -204,3 +232,7 @@ def step_loss(
         sums["span"] = span_sum.detach()
     sums["loss"] = total.detach()
     return total, sums
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

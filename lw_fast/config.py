@@ -126,6 +126,9 @@ class LossConfig:
     first_token_ce_weight: float = setting(0.0, "extra weight of the first answer token's CE")
     scale_l2: float = setting(0.0, "pull of adapter.scale towards 1")
     adapter_rms_l2: float = setting(0.0, "pull of the raw prefix RMS towards the LM's")
+    align_weight: float = setting(
+        1.0, "encoder_type=lm: pull of copy slots towards the LM's embedding of the same token"
+    )
     pairing: str = setting(
         "next",
         "next: position t predicts token t+1; double_shift: the original's fault, for "
@@ -169,6 +172,11 @@ class BackboneConfig:
         "auto",
         "auto: flash_attention_2 where installed on a GPU, else sdpa",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    kernels: str = setting(
+        "auto",
+        "fused operations: Triton on GPUs, PyTorch elsewhere (auto), or one of them",
+        choices=("auto", "torch", "triton"),
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with a model")
 
@@ -257,12 +265,12 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "samples eval_samples max_answer_chars channel_spans span_weight gold_span_until "
-    "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight scale_l2 "
+    "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight align_weight scale_l2 "
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
     "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
-_NOT_LM_NAMES = ("loss", "span", "counts")
+_NOT_LM_NAMES = ("loss", "span", "align", "counts")
 """What else is summed beside the LMs' statistics in a training step."""
 
 

@@ -56,6 +56,8 @@ class Encoded:
     """Start and end scores over units; None without a span head."""
     predicted_B2: Tensor | None
     """Best span, inclusive unit positions."""
+    copied_BK: Tensor | None = None
+    """encoder_type=lm: the reader token in each copy slot, -1 in empty ones."""
 
 
 class Encoder(Protocol):
@@ -119,16 +121,20 @@ class LMEncoder(nn.Module):
             return Encoded(self.head(x_BUD, source.mask_BU, None, None), None, None)
         span_logits_BU2 = self.span(x_BUD)
         predicted_B2 = best_span(span_logits_BU2.detach(), source.context_BU, MAX_SPAN_TOKENS)
-        units, valid = self._copy(normed[0], copied_span(source, predicted_B2))
-        z_BMZ = self.head(x_BUD, source.mask_BU, units, valid)
-        return Encoded(z_BMZ, span_logits_BU2, predicted_B2)
-
-    def _copy(self, layer0_BUF: Tensor, span_B2: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if not self.num_copy:
-            return None, None
+            z_BMZ = self.head(x_BUD, source.mask_BU, None, None)
+            return Encoded(z_BMZ, span_logits_BU2, predicted_B2)
+        position_BK, valid_BK = self._slots(source, predicted_B2)
+        index = position_BK[..., None].expand(-1, -1, self.reader_dim)
+        z_BMZ = self.head(x_BUD, source.mask_BU, normed[0].gather(1, index), valid_BK)
+        copied_BK = torch.where(valid_BK, source.ids_BU.gather(1, position_BK), -1)
+        return Encoded(z_BMZ, span_logits_BU2, predicted_B2, copied_BK)
+
+    def _slots(self, source: SourceBatch, predicted_B2: Tensor) -> tuple[Tensor, Tensor]:
+        """The unit in each copy slot [B, K] and whether the span reaches that far."""
+        span_B2 = copied_span(source, predicted_B2)
         position_BK, valid_BK = (t[..., 0] for t in slot_positions(span_B2, self.num_copy))
-        index = position_BK.clamp(max=layer0_BUF.shape[1] - 1)[..., None]
-        return layer0_BUF.gather(1, index.expand(-1, -1, layer0_BUF.shape[2])), valid_BK
+        return position_BK.clamp(max=source.ids_BU.shape[1] - 1), valid_BK
 
 
 class ByteEncoder(nn.Module):

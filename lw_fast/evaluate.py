@@ -27,7 +27,6 @@ from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
 from lw_fast.errors import UserError
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.losses import token_scores
 from lw_fast.model import LatentModel
 from lw_fast.prompts import KINDS, Latents, Prompts, make_prompts, text_prompt
 from lw_fast.scoring import (
@@ -234,12 +233,12 @@ def _score_chunk(
         eos=frame.eos,
     )
     hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[to_device(rows.position, lm.device)]
-    scores = token_scores(lm.logits(hidden_ND), to_device(rows.target, lm.device))
-    np.add.at(out.nll, index[rows.example], scores.nll_N.cpu().numpy())
+    scores = lm.score(hidden_ND, to_device(rows.target, lm.device))
+    np.add.at(out.nll, index[rows.example], scores.nll.cpu().numpy())
     np.add.at(out.tokens, index[rows.example], 1)
     first = index[rows.example[rows.first]]
-    out.first_top1[first] = scores.top1_N.cpu().numpy()[rows.first]
-    out.first_top5[first] = scores.top5_N.cpu().numpy()[rows.first]
+    out.first_top1[first] = scores.top1.cpu().numpy()[rows.first]
+    out.first_top5[first] = scores.top5.cpu().numpy()[rows.first]
 
 
 def _chunks(num: int, size: int) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lw_kernels import CrossEntropyRows, linear_masked_ce
 from torch import Tensor, nn
 
 from lw_fast.config import BackboneConfig
@@ -70,6 +71,8 @@ class FrozenLM:
     source: str = ""
     stop_ids: frozenset[int] = field(default=frozenset())
     """Tokens that end a generated answer."""
+    kernels: str = "auto"
+    """Implementation of the fused operations: auto, torch or triton."""
 
     @property
     def d_model(self) -> int:
@@ -123,6 +126,20 @@ class FrozenLM:
         """Rows of hidden states -> rows of logits [N, V]."""
         return self.model.get_output_embeddings()(hidden_ND)
 
+    def score(
+        self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor | None = None
+    ) -> CrossEntropyRows:
+        """Loss, NLL and top-1/top-5 hits of rows of hidden states against their targets."""
+        head = self.model.get_output_embeddings()
+        return linear_masked_ce(
+            hidden_ND,
+            head.weight,
+            targets_N,
+            bias_V=head.bias,
+            weights_N=weights_N,
+            impl=self.kernels,
+        )
+
     @torch.no_grad()
     def states(self, ids_BU: Tensor, layers: Sequence[int]) -> Tensor:
         """Hidden states of right-padded ids at `layers` (0 = embedding), side by side [B, U, F]."""
@@ -173,7 +190,7 @@ def load_frozen_lm(
     model.eval()
     model.config.use_cache = False
     model.to(device) if "device_map" not in options else None
-    return FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer))
+    return FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer), config.kernels)
 
 
 def load_tokenizer(name: str, source: str, trust_remote_code: bool = False) -> Any:

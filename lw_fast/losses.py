@@ -7,35 +7,9 @@ same value however the batch is split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What one look at the supervised rows yields; tensors of length N, no gradient but nll's."""
-
-    nll_N: Tensor
-    """Negative log-likelihood of the target, nats, fp32."""
-    top1_N: Tensor
-    """Whether no logit exceeds the target's (bool)."""
-    top5_N: Tensor
-    """Whether at most four logits exceed the target's (bool)."""
-
-
-def token_scores(logits_NV: Tensor, targets_N: Tensor) -> TokenScores:
-    """Scores rows of logits against their targets, in fp32."""
-    logits_NV = logits_NV.float()
-    nll_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-    with torch.no_grad():
-        gold_N1 = logits_NV.gather(1, targets_N[:, None])
-        above_N = (logits_NV > gold_N1).sum(1)
-        # NaN compares false with everything; a row that holds one must not read as a hit.
-        valid_N = torch.isfinite(nll_N)
-    return TokenScores(nll_N, (above_N < 1) & valid_N, (above_N < 5) & valid_N)
 
 
 def span_loss_sum(span_logits_BU2: Tensor, span_B2: Tensor, mask_BU: Tensor) -> Tensor:

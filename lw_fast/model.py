@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lw_fast import checkpoint
+from lw_fast.alignment import Alignment
 from lw_fast.batches import AnswerTable, SourceTable, Tables
 from lw_fast.bridge import LatentBridge
 from lw_fast.config import Config, from_dict
@@ -89,6 +90,7 @@ def build_bridge(
         reader_dim=reader.lm.d_model if reader else 0,
         num_states=reader.num_states if reader else 0,
         autocast=compute_dtype(config.optim.precision, device) == torch.bfloat16,
+        alignment=Alignment(reader.lm, lms) if reader else None,
     )
     return bridge.to(device)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lw_fast.adapter import Adapter, calibrate, rms
+from lw_fast.adapter import Adapter, Calibration, calibrate, rms
 
 TARGET = 0.0137
 
@@ -74,14 +74,14 @@ PREFIXES = st.builds(
 @given(PREFIXES, st.sampled_from([0.5, 1.0, 2.0]))
 def test_calibrated_rms(raw, gain):
     """per_slot: every latent has the target RMS; the other modes: every example has it."""
-    slots = rms(calibrate(raw, "per_slot", TARGET, gain), (-1,))
+    slots = rms(calibrate(raw, Calibration("per_slot", TARGET, gain)), (-1,))
     torch.testing.assert_close(slots, torch.full((3, 4), TARGET * gain))
     for mode in ("embed_rms", "fixed"):
-        out = calibrate(raw, mode, TARGET, gain)
+        out = calibrate(raw, Calibration(mode, TARGET, gain))
         torch.testing.assert_close(rms(out, (-2, -1)), torch.full((3,), TARGET * gain))
         ratio = out / raw  # one factor per example: latents keep their proportions
         torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio), rtol=1e-4, atol=0)
-    torch.testing.assert_close(calibrate(raw, "none", TARGET, gain), raw * gain)
+    torch.testing.assert_close(calibrate(raw, Calibration("none", TARGET, gain)), raw * gain)
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,28 +90,30 @@ def test_calibration_cancels_loudness(raw, factor):
     """Which is why adapter.scale says nothing under it; without it, it does."""
     for mode in ("per_slot", "embed_rms"):
         torch.testing.assert_close(
-            calibrate(raw * factor, mode, TARGET),
-            calibrate(raw, mode, TARGET),
+            calibrate(raw * factor, Calibration(mode, TARGET)),
+            calibrate(raw, Calibration(mode, TARGET)),
             rtol=1e-4,
             atol=1e-7,
         )
-    loud = calibrate(raw * factor, "none", TARGET)
+    loud = calibrate(raw * factor, Calibration("none", TARGET))
     torch.testing.assert_close(loud, raw * factor)
 
 
 def test_per_slot_differs_from_per_example():
     """Negative control: a loud and a faint latent tell the two apart."""
     raw = torch.ones(1, 2, 4) * torch.tensor([[[1.0], [9.0]]])
-    assert rms(calibrate(raw, "embed_rms", TARGET), (-1,))[0].tolist() == pytest.approx(
-        [TARGET / 41**0.5, TARGET * 9 / 41**0.5]
+    assert rms(calibrate(raw, Calibration("embed_rms", TARGET)), (-1,))[
+        0
+    ].tolist() == pytest.approx([TARGET / 41**0.5, TARGET * 9 / 41**0.5])
+    assert rms(calibrate(raw, Calibration("per_slot", TARGET)), (-1,))[0].tolist() == pytest.approx(
+        [TARGET] * 2
     )
-    assert rms(calibrate(raw, "per_slot", TARGET), (-1,))[0].tolist() == pytest.approx([TARGET] * 2)
 
 
 @pytest.mark.parametrize("mode", ["per_slot", "embed_rms"])
 def test_a_silent_prefix_gives_no_nan(mode):
     raw = torch.zeros(1, 2, 4, requires_grad=True)
-    out = calibrate(raw, mode, TARGET)
+    out = calibrate(raw, Calibration(mode, TARGET))
     out.sum().backward()
     assert torch.isfinite(out).all() and torch.isfinite(raw.grad).all()
 
@@ -119,15 +121,15 @@ def test_a_silent_prefix_gives_no_nan(mode):
 def test_calibration_computes_in_fp32():
     """bf16 squares would lose the target by a percent."""
     raw = torch.randn(2, 3, 64).bfloat16()
-    out = calibrate(raw, "per_slot", TARGET)
+    out = calibrate(raw, Calibration("per_slot", TARGET))
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, calibrate(raw.float(), "per_slot", TARGET))
+    torch.testing.assert_close(out, calibrate(raw.float(), Calibration("per_slot", TARGET)))
 
 
 def test_gradient_of_calibration():
     """Orthogonal to the latent itself: its loudness has no influence left."""
     raw = torch.randn(2, 3, 16, dtype=torch.float32, requires_grad=True)
-    (calibrate(raw, "per_slot", TARGET) * torch.randn(2, 3, 16)).sum().backward()
+    (calibrate(raw, Calibration("per_slot", TARGET)) * torch.randn(2, 3, 16)).sum().backward()
     assert raw.grad.abs().max() > 1e-4
     along = (raw.grad * raw).sum(-1)
     torch.testing.assert_close(along, torch.zeros(2, 3), atol=1e-6, rtol=0)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 
+from lw_fast.adapter import calibrate
 from lw_fast.bridge import STATS, StepCounts, frame_prefix, frozen_lm_loss, step_loss
 from lw_fast.engine import World, build_engine
 from lw_fast.model import build_bridge
@@ -75,7 +76,8 @@ def naive_answer_nll(model, name: str, example) -> tuple[list[float], list[bool]
     lm, config = model.lms[name], model.config
     tokenizer = lm.tokenizer
     table = model.tables([example])
-    prefix = model.bridge(model.batch(table.sources, np.array([0]))).prefix[name][0]
+    encoded = model.bridge(model.batch(table.sources, np.array([0]))).encoded
+    prefix = model.bridge.prefix(name, encoded.z_BMZ)[0]
     head = [tokenizer.bos_token_id] if name == "llama" else []
     anchor = tokenizer("Answer:", add_special_tokens=False).input_ids
     whole = tokenizer(f"Answer: {example.answers[0]}", add_special_tokens=False).input_ids
@@ -115,7 +117,8 @@ def test_one_pass_equals_a_loop_over_examples_and_tokens(model, tables):
     loss = dataclasses.replace(model.config.loss, scale_l2=0.0, adapter_rms_l2=0.0)
     total, sums = loss_of(model, tables, ALL, loss=loss)
     span = 0.7 * sums["span"] / tables.sources.num_spans(ALL)
-    assert float(total - span) == pytest.approx(expected, rel=1e-5)
+    align = model.config.loss.align_weight * sums["align"] / NUM
+    assert float(total - span - align) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -153,12 +156,13 @@ def test_prefix_has_the_loudness_of_its_lm(calibration):
     with torch.no_grad():
         out = model.bridge(model.batch(tables.sources, np.arange(2)))
         for name, lm in model.lms.items():
-            loud = out.prefix[name].square().mean((1, 2)).sqrt()
+            prefix = calibrate(out.raw[name], model.bridge.calibration(name))
+            loud = prefix.square().mean((1, 2)).sqrt()
             target = {"fixed": torch.full((2,), 0.5), "none": out.raw_rms[name]}
             expected = target.get(calibration, torch.full((2,), lm.embed_rms))
             torch.testing.assert_close(loud, expected)
             again = model.bridge.prefix(name, out.encoded.z_BMZ, gain=2.0)
-            torch.testing.assert_close(again, 2 * out.prefix[name])
+            torch.testing.assert_close(again, 2 * prefix)
 
 
 def test_bf16_autocast_leaves_weights_and_prefix_in_fp32():
@@ -166,7 +170,8 @@ def test_bf16_autocast_leaves_weights_and_prefix_in_fp32():
     tables = model.tables(tiny.examples(2))
     out = model.bridge(model.batch(tables.sources, np.arange(2)))
     assert out.encoded.z_BMZ.dtype == torch.bfloat16
-    assert {t.dtype for t in out.prefix.values()} == {torch.float32}
+    prefix = calibrate(out.raw["llama"], model.bridge.calibration("llama"))
+    assert prefix.dtype == torch.float32
     assert {p.dtype for p in model.bridge.parameters()} == {torch.float32}
 
 
@@ -206,7 +211,7 @@ def test_gradients_reach_the_encoder_and_every_adapter(model, tables):
     for name, lm in model.lms.items():
         output = model.bridge(source)
         answers = tables.answers[name].batch(ALL)
-        loss, _ = frozen_lm_loss(lm, output.prefix[name], answers, row_weight=1.0, first_weight=0.0)
+        loss, _ = frozen_lm_loss(lm, output.raw[name], answers, row_weight=1.0, first_weight=0.0)
         loss.backward()
         reached[name] = {n for n, g in gradients(model).items() if g.abs().max() > 1e-9}
     for name, other in (("llama", "qwen"), ("qwen", "llama")):

@@ -26,7 +26,7 @@ LAYERS = (
     "model",
     "prompts reader",
     "decode bridge",
-    "batches",
+    "batches alignment",
     "encoder engine frozen_lm",
     "latent_head adapter sequence source losses optim checkpoint meters nano progress",
     "blocks data scoring nano_facts",

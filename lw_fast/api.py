@@ -188,8 +188,11 @@ class LatentPrompt:
         return self._answers(lm_name, self._text_prompts(lm_name, texts), max_new_tokens)
 
     def text_tokens(self, lm_name: str, texts: Sequence[Text]) -> list[int]:
-        """Prompt tokens that each text costs this LM, BOS and anchor included."""
-        return list(self._text_prompts(lm_name, texts).lengths)
+        """Tokens of each text that `latent_len` vectors replace in this LM's prompt: BOS and
+        anchor, which stand around both, are not among them."""
+        frame = make_frame(self._lm(lm_name).tokenizer, self.model.config.sequence)
+        around = len(frame.head) + len(frame.anchor)
+        return [length - around for length in self._text_prompts(lm_name, texts).lengths]
 
     def check(self, z: Latent) -> None:
         """Raises UserError where `z` comes from other settings or weights than these."""

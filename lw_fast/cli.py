@@ -6,6 +6,7 @@ The files in launch/ and the `lw-fast` command are thin twins of the functions h
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -275,7 +276,19 @@ def eval_main(argv: Sequence[str]) -> None:
     print(f"written to {out_dir}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train_main, "eval": eval_main}
+Command = Callable[[Sequence[str]], None]
+
+
+def main_of(module: str) -> Command:
+    """The `main(argv)` of a module that stands on this one, loaded when it is called."""
+    return lambda argv: importlib.import_module(module).main(argv)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": train_main,
+    "eval": eval_main,
+    "demo": main_of("lw_fast.demo"),
+}
 
 
 def main() -> None:

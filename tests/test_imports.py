@@ -18,6 +18,7 @@ STDLIB = sys.stdlib_module_names
 # What each module of lw_fast may import of lw_fast: everything further down this list, and
 # nothing further up. A new module needs its line here.
 LAYERS = (
+    "demo",
     "cli",
     "api",
     "train",

@@ -44,7 +44,7 @@ class SourceBatch:
     use_gold_B: Tensor
     """bool: whether the copy slots carry the gold span (while it is known) or the predicted."""
     states_BUF: Tensor | None = None
-    """Reader states, layers side by side (encoder_type=lm)."""
+    """encoder_type=lm: standardised reader states, layers side by side, the embedding first."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ class LMEncoder(nn.Module):
         enc = config.encoder
         dim = enc.encoder_dim
         self.reader_dim, self.num_copy = reader_dim, config.num_copy_slots
-        self.norms = nn.ModuleList(nn.LayerNorm(reader_dim) for _ in range(num_states))
         self.project = nn.Linear(num_states * reader_dim, dim)
         self.segment = nn.Embedding(2, dim)
         self.blocks = nn.ModuleList(
@@ -111,9 +110,10 @@ class LMEncoder(nn.Module):
 
     def forward(self, source: SourceBatch) -> Encoded:
         """Z from reader states; see the class."""
-        layers = source.states_BUF.split(self.reader_dim, dim=-1)
-        normed = [norm(layer.float()) for norm, layer in zip(self.norms, layers, strict=True)]
-        x_BUD = self.project(torch.cat(normed, dim=-1)) + self.segment(source.context_BU.long())
+        states_BUF = source.states_BUF
+        if not torch.is_autocast_enabled(states_BUF.device.type):
+            states_BUF = states_BUF.to(self.project.weight.dtype)
+        x_BUD = self.project(states_BUF) + self.segment(source.context_BU.long())
         for block in self.blocks:
             x_BUD = block(x_BUD, source.mask_BU)
         x_BUD = self.norm(x_BUD)
@@ -126,7 +126,8 @@ class LMEncoder(nn.Module):
             return Encoded(z_BMZ, span_logits_BU2, predicted_B2)
         position_BK, valid_BK = self._slots(source, predicted_B2)
         index = position_BK[..., None].expand(-1, -1, self.reader_dim)
-        z_BMZ = self.head(x_BUD, source.mask_BU, normed[0].gather(1, index), valid_BK)
+        units_BKF = states_BUF[..., : self.reader_dim].gather(1, index)
+        z_BMZ = self.head(x_BUD, source.mask_BU, units_BKF, valid_BK)
         copied_BK = torch.where(valid_BK, source.ids_BU.gather(1, position_BK), -1)
         return Encoded(z_BMZ, span_logits_BU2, predicted_B2, copied_BK)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lw_kernels import CrossEntropyRows, linear_masked_ce
 from torch import Tensor, nn
 
@@ -142,9 +143,14 @@ class FrozenLM:
 
     @torch.no_grad()
     def states(self, ids_BU: Tensor, layers: Sequence[int]) -> Tensor:
-        """Hidden states of right-padded ids at `layers` (0 = embedding), side by side [B, U, F]."""
+        """Hidden states of right-padded ids at `layers` (0 = embedding), side by side [B, U, F].
+
+        Each state is standardised (mean 0, variance 1), so that layers are equally loud and what
+        is cached needs no norm in the training step.
+        """
         output = self.model.base_model(input_ids=ids_BU, use_cache=False, output_hidden_states=True)
-        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+        states = [output.hidden_states[layer] for layer in layers]
+        return torch.cat([F.layer_norm(state, state.shape[-1:]) for state in states], dim=-1)
 
     def resolve_layers(self, spec: str) -> tuple[int, ...]:
         """`"0,0.6,22"` -> layer numbers: integers count layers, fractions the depth."""

@@ -115,7 +115,7 @@ def train(
     with _run_folder(run_dir, config, world, resume=resume, overwrite=overwrite):
         if resume:
             start = checkpoint.load(checkpoint.latest(run_dir))
-        run = _setup(config, world, run_dir, ds_config)
+        run = setup_run(config, world, run_dir, ds_config)
         if resume:
             _resume(run, start)
         elif start is not None:
@@ -152,7 +152,7 @@ def _run_folder(run_dir: Path, config: Config, world: World, *, resume: bool, ov
         lock.__exit__(None, None, None)
 
 
-def _setup(config: Config, world: World, run_dir: Path, ds_config: dict[str, Any] | None) -> Run:
+def setup_run(config: Config, world: World, run_dir: Path, ds_config: dict[str, Any] | None) -> Run:
     batch_size, micro = config.optim.batch_size, config.micro_batch
     if batch_size % world.size:
         raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")

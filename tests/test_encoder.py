@@ -195,7 +195,7 @@ def test_a_copy_slot_carries_its_unit_and_no_other(kind, monkeypatch):
     with torch.no_grad():
         encoder(source)
     if kind == "lm":
-        layer0 = encoder.norms[0](source.states_BUF[..., :READER_DIM])
+        layer0 = source.states_BUF[..., :READER_DIM]
         torch.testing.assert_close(seen["units"][0, :3], layer0[0, 5:8])
         assert seen["valid"].tolist() == [[True, True, True, False]]
     else:  # bytes 5 and 6 in the first slot, byte 7 alone in the second

@@ -116,7 +116,15 @@ def test_log_rows(finished):
     assert [row["step"] for row in rows] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
     assert rows[-1]["epoch"] == 2.0
     per_lm = {"nll_token", "first_nll", "first_token_top1", "first_token_top5"}
-    expected = {"step", "epoch", "loss", "grad_norm", "lr_factor", "span_loss"} | TIMES
+    expected = {
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "lr_factor",
+        "span_loss",
+        "align_loss",
+    } | TIMES
     expected |= {f"{name}/{key}" for name in ("llama", "qwen") for key in per_lm}
     for row in rows:
         assert row.keys() == expected  # no GPU: no memory, no MFU, rather than zeros
@@ -417,7 +425,7 @@ def test_mistakes_are_found_before_training(settings, tmp_path, changes, message
 def test_batch_size_must_divide_among_devices(settings, tmp_path):
     world = World(rank=0, local_rank=0, size=3, device=tiny.CPU)
     with pytest.raises(UserError, match="batch_size 8 cannot be divided among 3 devices"):
-        module._setup(tiny.config(**settings), world, tmp_path, None)
+        module.setup_run(tiny.config(**settings), world, tmp_path, None)
 
 
 def test_a_run_in_use_is_refused(settings, tmp_path):

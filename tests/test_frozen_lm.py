@@ -103,6 +103,44 @@ def test_right_padding_cannot_be_seen():
     torch.testing.assert_close(lm.hidden(lm.embed(padded))[:, :6], lm.hidden(lm.embed(IDS)))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+@torch.no_grad()
+def test_scores_of_rows(name):
+    """NLL and hits from hidden rows equal those from the LM's own logits; weights only weigh."""
+    lm = tiny.frozen_lm(name)
+    hidden = lm.hidden(lm.embed(IDS))[0]
+    logits = lm.model(input_ids=IDS).logits[0]
+    # Ranks 1 to 6, so that both hits and both misses occur.
+    targets = logits.argsort(descending=True)[range(6), range(6)]
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0])
+    scores = lm.score(hidden, targets, weights)
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(scores.nll, nll, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(scores.loss, nll * weights, atol=1e-4, rtol=1e-5)
+    assert scores.top1.bool().tolist() == [True] + [False] * 5
+    assert scores.top5.bool().tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("where", ["the target", "another token", "the hidden row"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@torch.no_grad()
+def test_nan_is_never_a_hit(where, bad):
+    """NaN compares false with everything, so a diverged LM would seem to be always right."""
+    lm = tiny.frozen_lm("llama")
+    hidden = lm.hidden(lm.embed(IDS))[0, :1]
+    target = lm.logits(hidden).argmax(-1)
+    assert lm.score(hidden, target).top1.all()
+    weight = lm.model.get_output_embeddings().weight
+    if where == "the hidden row":
+        hidden[0, 3] = bad
+    else:
+        row = target if where == "the target" else (target + 1) % len(weight)
+        weight[row] = bad * hidden.sign()  # no infinity of this row cancels another
+    scores = lm.score(hidden, target)
+    assert not scores.top1.any() and not scores.top5.any()
+    assert not torch.isfinite(scores.nll).any()
+
+
 def test_embed_rms_is_over_all_rows():
     """Rows far behind the first chunk are the loud ones here; a sample would miss them."""
     lm = tiny.frozen_lm("llama", hidden_size=8, num_hidden_layers=1)

@@ -76,6 +76,17 @@ def _steps(log: list[dict]) -> list[int]:
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
+def environment_of(run: Path, trained_on: str, commit: str | None) -> dict[str, str]:
+    """Where the run ran, which need not be where its rows are written."""
+    found = json.loads((run / "environment.json").read_text())
+    return {
+        "device": found["device"] if trained_on.startswith("cuda") else f"CPU x{found['cores']}",
+        "commit": (commit or found["commit"] or "")[:12],
+        "date": found["date"][:10],
+        **{name: found[name] or "" for name in ("torch", "triton", "transformers", "deepspeed")},
+    }
+
+
 def _rest(words: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in words.items() if key != "pair"}
 
@@ -89,6 +100,10 @@ def main() -> None:
     parser.add_argument("--engine", default="zero2", help="engine that trained it")
     parser.add_argument("--command", required=True, help="the command that made the run")
     parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--commit", help="commit that trained it, where the run could not know")
+    parser.add_argument("--append", action="store_true", help="add to the file")
+    parser.add_argument("--word", action="append", default=[], metavar="KEY=VALUE",
+                        help="another word for the case, such as pairing=double_shift")  # fmt: skip
     args = parser.parse_args()
     settings = json.loads((args.run / "config.json").read_text())
     metrics = json.loads((newest_evaluation(args.run) / "metrics.json").read_text())
@@ -96,11 +111,13 @@ def main() -> None:
     words = dict(
         pair=args.pair, encoder=settings["encoder_type"], set=args.dataset, engine=args.engine,
         batch=settings["batch_size"], protocol="clean",
+        **dict(word.split("=", 1) for word in args.word),
     )  # fmt: skip
     config = {"command": args.command, "settings": settings}
     out = args.out or Path(f"benchmarks/results/accuracy_{args.pair}.csv")
     rows = [*score_rows(metrics, words, config), *cost_rows(log, words, config)]
-    write_rows(out, rows)
+    where = environment_of(args.run, metrics["device"], args.commit)
+    write_rows(out, [row | where for row in rows], append=args.append)
     print(f"{len(rows)} rows in {out}")
 
 

@@ -1,4 +1,4 @@
-"""On a GPU, every long prompt runs on a fused attention kernel, never on the one that stores S x S."""
+"""On a GPU, long prompts run on fused attention, never on the kernel that stores S x S scores."""
 
 from __future__ import annotations
 

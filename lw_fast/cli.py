@@ -287,6 +287,7 @@ def main_of(module: str) -> Command:
 COMMANDS: dict[str, Command] = {
     "train": train_main,
     "eval": eval_main,
+    "sweep": main_of("lw_fast.sweep"),
     "demo": main_of("lw_fast.demo"),
 }
 

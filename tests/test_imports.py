@@ -18,8 +18,10 @@ STDLIB = sys.stdlib_module_names
 # What each module of lw_fast may import of lw_fast: everything further down this list, and
 # nothing further up. A new module needs its line here.
 LAYERS = (
-    "demo",
-    "cli",
+    "demo sweep",
+    "cli sweep_queue",
+    "sweep_folder",
+    "sweep_points",
     "api",
     "train",
     "evaluate",
@@ -31,7 +33,7 @@ LAYERS = (
     "encoder engine frozen_lm",
     "latent_head adapter sequence source losses optim checkpoint meters nano progress",
     "blocks data scoring nano_facts",
-    "config",
+    "config run_results",
     "errors",
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}

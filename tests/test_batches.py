@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lw_fast.batches import AnswerTable, Order, SourceTable, micro_slices
-from lw_fast.source import byte_sources
+from lw_fast.source import byte_sources, token_sources
 
 
 def source_table(num: int = 7, supervise=None) -> tuple[SourceTable, object]:
@@ -68,6 +70,18 @@ def test_lost_spans_are_not_counted():
     table = SourceTable(sources, np.ones(4, bool), tiny.CPU)
     assert table.num_spans(np.arange(4)) == 0
     assert (table.batch(np.arange(4)).span_B2 == -1).all()
+
+
+@pytest.mark.parametrize("limit", [9, 20, 500])
+def test_bytes_are_counted_whatever_the_unit(limit):
+    """UTF-8 bytes of the text that was kept: what `source_bytes/s` counts."""
+    examples = [dataclasses.replace(e, context=f"\u00e9 {e.context}") for e in tiny.examples(5)]
+    as_bytes = byte_sources(examples, limit)
+    assert as_bytes.num_bytes.tolist() == as_bytes.lengths.tolist()
+    tokenizer = tiny.tokenizer()
+    as_tokens = token_sources(examples, tokenizer, limit)
+    kept = [tokenizer.decode(as_tokens[i]).encode() for i in range(5)]
+    assert as_tokens.num_bytes.tolist() == [len(text) for text in kept]
 
 
 # ------------------------------------------------------------------------------- answers

@@ -24,6 +24,7 @@ from lw_fast.errors import UserError
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ENV = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+ENV |= {"CUDA_VISIBLE_DEVICES": ""}  # the same everywhere
 
 
 def flags(**values) -> list[str]:

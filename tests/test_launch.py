@@ -17,7 +17,8 @@ from lw_fast import checkpoint
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ENV = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-ENV |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENV |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENV |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 # The preset nano, made small; no dropout there, so that ranks draw none apart.
 SETTINGS = """

@@ -450,6 +450,15 @@ def test_gold_spans_anneal_to_none():
     assert not gold_span_draws(tiny.config(gold_span_until=0.0), 0, 100, 64).any()
 
 
+def test_dropout_differs_by_step_rank_and_micro_batch():
+    """Everywhere in a run another mask, and the same one whenever that place is reached again."""
+    config, other = tiny.config(seed=1), tiny.config(seed=2)
+    places = [(c, s, r, m) for c in (config, other) for s in (0, 1) for r in (0, 1) for m in (0, 1)]
+    seeds = [module._dropout_seed(*place) for place in places]
+    assert len(set(seeds)) == len(places)
+    assert seeds == [module._dropout_seed(*place) for place in places]
+
+
 # ------------------------------------------------------------------------------- it learns
 
 

@@ -45,16 +45,15 @@ class Alignment:
         """Share of the reader's vocabulary that one LM also has."""
         return float((self.maps[name] >= 0).float().mean())
 
-    def loss_sum(self, lm: FrozenLM, raw_BMD: Tensor, copied_BK: Tensor) -> Tensor:
+    def loss_sum(self, lm: FrozenLM, raw_BMD: Tensor, carried_BM: Tensor) -> Tensor:
         """Sum over examples of the mean cosine distance between copy slots and embeddings.
 
         Args:
-            raw_BMD: the LM's prefix; its first K slots are the copy slots.
-            copied_BK: reader token in each copy slot, -1 in empty ones.
+            raw_BMD: the LM's prefix.
+            carried_BM: reader token that each latent carries, -1 where it carries none.
         """
-        target_BK = torch.where(copied_BK >= 0, self.maps[lm.name][copied_BK.clamp_min(0)], -1)
-        known_BK = target_BK >= 0
-        embeds_BKD = lm.embed(target_BK.clamp_min(0)).float()
-        slots_BKD = raw_BMD[:, : copied_BK.shape[1]].float()
-        distance_BK = (1 - F.cosine_similarity(slots_BKD, embeds_BKD, dim=-1)) * known_BK
-        return (distance_BK.sum(1) / known_BK.sum(1).clamp_min(1)).sum()
+        twin_BM = torch.where(carried_BM >= 0, self.maps[lm.name][carried_BM.clamp_min(0)], -1)
+        known_BM = twin_BM >= 0
+        embeds_BMD = lm.embed(twin_BM.clamp_min(0)).float()
+        distance_BM = (1 - F.cosine_similarity(raw_BMD.float(), embeds_BMD, dim=-1)) * known_BM
+        return (distance_BM.sum(1) / known_BM.sum(1).clamp_min(1)).sum()

@@ -56,8 +56,8 @@ class Encoded:
     """Start and end scores over units; None without a span head."""
     predicted_B2: Tensor | None
     """Best span, inclusive unit positions."""
-    copied_BK: Tensor | None = None
-    """encoder_type=lm: the reader token in each copy slot, -1 in empty ones."""
+    carried_BM: Tensor | None = None
+    """encoder_type=lm: the reader token that each latent carries, -1 where none."""
 
 
 class Encoder(Protocol):
@@ -129,7 +129,7 @@ class LMEncoder(nn.Module):
         units_BKF = states_BUF[..., : self.reader_dim].gather(1, index)
         z_BMZ = self.head(x_BUD, source.mask_BU, units_BKF, valid_BK)
         copied_BK = torch.where(valid_BK, source.ids_BU.gather(1, position_BK), -1)
-        return Encoded(z_BMZ, span_logits_BU2, predicted_B2, copied_BK)
+        return Encoded(z_BMZ, span_logits_BU2, predicted_B2, self.head.carried(copied_BK))
 
     def _slots(self, source: SourceBatch, predicted_B2: Tensor) -> tuple[Tensor, Tensor]:
         """The unit in each copy slot [B, K] and whether the span reaches that far."""

@@ -4,6 +4,10 @@ A frozen LM can repeat what stands in its prefix long before an encoder can lear
 answer tokens, to find it. So the span head points at the answer (trained on its own loss), copy
 slot k carries the k-th unit of that span, and global slots read the rest by cross-attention.
 With 0 copy slots all M latents are global: the free-query bottleneck of the original.
+
+The first latent is a global slot. LMs without BOS (SmolLM2, Qwen) make position 0 their attention
+sink, whatever stands there: a copy slot in that place is lost, and with it the first answer token
+(docs/accuracy.md has the measurement).
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class LatentHead(nn.Module):
     ) -> None:
         super().__init__()
         self.num_copy, self.num_global = copy_slots, latent_len - copy_slots
+        self.first_copy = min(1, self.num_global)
         self.position = nn.Parameter(0.02 * torch.randn(latent_len, dim))
         if self.num_copy:
             self.unit = nn.Linear(unit_dim, dim)
@@ -62,7 +67,7 @@ class LatentHead(nn.Module):
         units_BKF: Tensor | None,
         valid_BK: Tensor | None,
     ) -> Tensor:
-        """Z [B, M, d_z]; copy slots first.
+        """Z [B, M, d_z]: a global slot, the copy slots, the other global slots.
 
         Args:
             features_BUD: encoder output over the source.
@@ -70,12 +75,21 @@ class LatentHead(nn.Module):
             units_BKF: the span's units, one per copy slot (None without copy slots).
             valid_BK: slots that the span fills.
         """
-        slots = []
+        dtype, first = features_BUD.dtype, self.first_copy
+        slots_BMD = self.position.to(dtype).expand(len(mask_BU), -1, -1)
+        sink_BD, copy_BKD, rest_BD = slots_BMD.split(
+            [first, self.num_copy, self.num_global - first], dim=1
+        )
         if self.num_copy:
             copied = torch.where(valid_BK[..., None], self.unit(units_BKF), self.empty)
-            slots.append(copied + self.position[: self.num_copy])
+            copy_BKD = copy_BKD + copied.to(dtype)
         if self.num_global:
-            queries = self.position[self.num_copy :].expand(len(mask_BU), -1, -1)
-            slots.append(self.read(queries, mask_BU, features_BUD))
-        dtype = features_BUD.dtype
-        return self.out(self.mix(torch.cat([s.to(dtype) for s in slots], dim=1)))
+            queries = torch.cat([sink_BD, rest_BD], dim=1)
+            read = self.read(queries, mask_BU, features_BUD).to(dtype)
+            sink_BD, rest_BD = read[:, :first], read[:, first:]
+        return self.out(self.mix(torch.cat([sink_BD, copy_BKD, rest_BD], dim=1)))
+
+    def carried(self, tokens_BK: Tensor) -> Tensor:
+        """Per latent [B, M]: the unit that a copy slot carries, -1 in all other slots."""
+        others = (self.first_copy, self.num_global - self.first_copy)
+        return torch.nn.functional.pad(tokens_BK, others, value=-1)

@@ -39,8 +39,8 @@ def test_loss_is_zero_at_the_embeddings_and_ignores_the_rest():
     lm, alignment = model.lms["llama"], model.bridge.alignment
     twin_of = alignment.maps["llama"]
     known = (twin_of >= 0).nonzero().flatten()[5:8].tolist()
-    copied = torch.tensor([[known[0], known[1], -1], [known[2], -1, -1]])
-    raw = torch.randn(2, 5, lm.d_model)  # three copy slots, two global ones
+    copied = torch.tensor([[known[0], known[1], -1, -1, -1], [known[2], -1, -1, -1, -1]])
+    raw = torch.randn(2, 5, lm.d_model)
     for b, k in (0, 0), (0, 1), (1, 0):
         raw[b, k] = 7 * lm.embed(twin_of[copied[b, k]])
     assert alignment.loss_sum(lm, raw, copied).item() == pytest.approx(0.0, abs=1e-5)

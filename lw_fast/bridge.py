@@ -215,8 +215,8 @@ def step_loss(
             first_weight=loss.first_token_ce_weight / (num_lms * counts.examples),
         )
         total = total + lm_loss
-        if bridge.alignment is not None and loss.align_weight:
-            align = bridge.alignment.loss_sum(lm, output.raw[name], output.encoded.copied_BK)
+        if output.encoded.carried_BM is not None and loss.align_weight:
+            align = bridge.alignment.loss_sum(lm, output.raw[name], output.encoded.carried_BM)
             total = total + loss.align_weight / (num_lms * counts.examples) * align
             _add(sums, "align", align.detach() / num_lms)
         if loss.adapter_rms_l2:

@@ -144,7 +144,10 @@ def train_parser() -> Parser:
         help=f"{', '.join(preset_names())}, or a .toml file (default: {DEFAULT_PRESET})",
     )  # fmt: skip
     parser.add_argument(
-        "--ds_config", type=Path, metavar="FILE", help="DeepSpeed config; without it: plain PyTorch"
+        "--ds_config",
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed config, or a shipped one as zero2; without it: plain PyTorch",
     )
     parser.add_argument(
         "--run_dir", type=Path, metavar="DIR", help="run folder (default: runs/PRESET-DATE-TIME)"
@@ -181,7 +184,9 @@ def train_main(argv: Sequence[str]) -> None:
 
     world = init_world(use_deepspeed=flags["ds_config"] is not None, device=flags["device"])
     try:
-        ds_config = load_ds_config(flags["ds_config"]) if flags["ds_config"] else None
+        ds_config = (
+            load_ds_config(find_ds_config(flags["ds_config"])) if flags["ds_config"] else None
+        )
         run_dir = flags["run_dir"] or _default_run_dir(flags["preset"] or DEFAULT_PRESET, world)
         train(
             config,
@@ -209,6 +214,17 @@ def _train_config(flags: dict[str, Any], overrides: dict[str, Any], lms: dict[st
         saved = to_dict(read_config(flags["run_dir"]))
         return from_dict({**saved, **overrides, "lm": {**saved["lm"], **lms}})
     return build_config(flags["preset"] or DEFAULT_PRESET, overrides, lms)
+
+
+def find_ds_config(path: Path) -> Path:
+    """The file, or the shipped one of that name: `zero2` and `ds_configs/zero2.json` work from any
+    folder, in a checkout and installed."""
+    if path.exists() or path.parent not in (Path("."), Path("ds_configs")):
+        return path
+    package = Path(__file__).parent
+    places = (package / "ds_configs", package.parent / "ds_configs")
+    found = (folder / f"{path.name.removesuffix('.json')}.json" for folder in places)
+    return next((file for file in found if file.exists()), path)
 
 
 def _default_run_dir(preset: str, world: Any) -> Path:

@@ -177,6 +177,9 @@ def load_frozen_lm(
     name: str, source: str, config: BackboneConfig, device: torch.device
 ) -> FrozenLM:
     """Loads, freezes and checks one LM. What cannot be loaded is a UserError in one line."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # seconds at most, and ours has its own
     dtype = compute_dtype(config.backbone_dtype, device)
     options = dict(dtype=dtype, attn_implementation=_attention(config, device))
     if config.backbone_dtype in ("nf4", "int8"):
@@ -342,8 +345,6 @@ def _convert_gguf(name: str, path: Path) -> Path:
 def _read_gguf(path: Path) -> tuple[nn.Module, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    transformers.utils.logging.disable_progress_bar()
 
     # Newer transformers keep GGUF weights "quantised" unless told otherwise, which cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)

@@ -2,14 +2,21 @@
 
 `auto` takes Triton on a GPU and PyTorch elsewhere. An implementation that was asked for by name
 and cannot run is an error; nothing falls back silently. Each distinct choice is logged once.
+
+Going through torch.library costs more host time per call than launching the kernel. Its ops are for
+whoever must see them (the compiler, dispatch modes, tensor subclasses); a plain call (`is_plain`)
+runs the same function without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +63,41 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing traces, transforms or watches a call on these tensors."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+    )
+
+
+def autograd_function(
+    name: str, forward: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """The autograd formula of a custom op for plain calls."""
+    def forward_(ctx: Any, *inputs: Any) -> Any:
+        output = forward(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    # Overriding Function.setup_context instead would bind a signature at every call.
+    methods = {"forward": staticmethod(forward_), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def run_backward(op: Callable, function: Callable, grad: Tensor, *args: Any) -> Any:
+    """`function`, or the op made of it where that must be seen; the op refuses double backward."""
+    plain = not torch.is_grad_enabled() and is_plain(grad)
+    return (function if plain else op)(grad, *args)
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the one that holds `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -66,8 +105,13 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _obstacle(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreting()):
         return f"the tensors are on {device!r} (the interpreter needs TRITON_INTERPRET=1)"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lw_kernels.dispatch import choose, unit_stride
+from lw_kernels.dispatch import autograd_function, choose, is_plain, run_backward, unit_stride
 from lw_kernels.masked_cross_entropy import new_rows
 
 NO_LABEL, NO_IGNORED = -1, -2
@@ -45,7 +45,8 @@ def kl_topk(
     _check(logits_NV, teacher_NK, teacher_ids_NK, weights_N)
     if choose("kl_topk", impl, logits_NV.device.type, (logits_NV.dtype,)) == "torch":
         return kl_topk_ref(logits_NV, teacher_NK, teacher_ids_NK, weights_N=weights_N)
-    loss_N, _ = _kl_topk(logits_NV, teacher_NK, teacher_ids_NK, weights_N)
+    op = _Plain.apply if is_plain(logits_NV) else _kl_topk
+    loss_N, _ = op(logits_NV, teacher_NK, teacher_ids_NK, weights_N)
     return loss_N
 
 
@@ -85,8 +86,7 @@ def _check(logits: Tensor, teacher: Tensor, ids: Tensor, weights: Tensor | None)
         raise ValueError("kl_topk: teacher and weights get no gradient; detach them")
 
 
-@torch.library.custom_op("lw_kernels::kl_topk", mutates_args=())
-def _kl_topk(
+def _forward(
     logits_NV: Tensor, teacher_NK: Tensor, teacher_ids_NK: Tensor, weights_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from lw_kernels import cross_entropy_triton as kernels
@@ -99,14 +99,16 @@ def _kl_topk(
     return loss_N if weights_N is None else loss_N * weights_N.float(), lse_N
 
 
+_kl_topk = torch.library.custom_op("lw_kernels::kl_topk", _forward, mutates_args=())
+
+
 @_kl_topk.register_fake
 def _(logits_NV, teacher_NK, teacher_ids_NK, weights_N):
     num_rows = logits_NV.shape[0]
     return tuple(logits_NV.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("lw_kernels::kl_topk_backward", mutates_args=())
-def _backward_op(
+def _grad_logits(
     grad_loss_N: Tensor, logits_NV: Tensor, teacher_NK: Tensor, teacher_ids_NK: Tensor,
     weights_N: Tensor | None, lse_N: Tensor,
 ) -> Tensor:
@@ -122,6 +124,11 @@ def _backward_op(
     return grad_NV.scatter_add_(1, teacher_ids_NK, (-factor_N[:, None] * p_NK).to(grad_NV.dtype))
 
 
+_backward_op = torch.library.custom_op(
+    "lw_kernels::kl_topk_backward", _grad_logits, mutates_args=()
+)
+
+
 @_backward_op.register_fake
 def _(grad_loss_N, logits_NV, teacher_NK, teacher_ids_NK, weights_N, lse_N):
     return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
@@ -135,8 +142,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss_N, _):
-    grad = None if grad_loss_N is None else _backward_op(grad_loss_N, *ctx.saved_tensors)
+    if grad_loss_N is None:
+        return None, None, None, None
+    grad = run_backward(_backward_op, _grad_logits, grad_loss_N, *ctx.saved_tensors)
     return grad, None, None, None
 
 
 _kl_topk.register_autograd(_backward, setup_context=_setup_context)
+_Plain = autograd_function("KLTopK", _forward, _setup_context, _backward)

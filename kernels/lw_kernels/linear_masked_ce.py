@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lw_kernels.dispatch import choose
+from lw_kernels.dispatch import autograd_function, choose, is_plain, run_backward
 from lw_kernels.masked_cross_entropy import (
     CrossEntropyRows,
     RowTensors,
@@ -70,7 +70,8 @@ def linear_masked_ce(
         num_rows, num_vocab = hidden_ND.shape[0], weight_VD.shape[0]
         chunk_rows = rows_per_chunk(num_rows, num_vocab, hidden_ND.dtype.itemsize)
     need_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
-    *rows, _ = _linear_masked_ce(
+    op = _Plain.apply if is_plain(hidden_ND, weight_VD) else _linear_masked_ce
+    *rows, _ = op(
         hidden_ND, weight_VD, bias_V, labels_N, weights_N, ignore_index, chunk_rows, need_grad
     )
     return CrossEntropyRows(*rows)
@@ -132,8 +133,7 @@ def _check(
     check_labels(op, labels, weights)
 
 
-@torch.library.custom_op("lw_kernels::linear_masked_ce", mutates_args=())
-def _linear_masked_ce(
+def _forward(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor,
     weights_N: Tensor | None, ignore_index: int, chunk_rows: int, need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -159,6 +159,11 @@ def _linear_masked_ce(
     return *rows, grad_ND
 
 
+_linear_masked_ce = torch.library.custom_op(
+    "lw_kernels::linear_masked_ce", _forward, mutates_args=()
+)
+
+
 @_linear_masked_ce.register_fake
 def _(hidden_ND, weight_VD, bias_V, labels_N, weights_N, ignore_index, chunk_rows, need_grad):
     rows, grad_ND = _new_outputs(hidden_ND, need_grad)
@@ -170,13 +175,17 @@ def _new_outputs(hidden_ND: Tensor, need_grad: bool) -> tuple[RowTensors, Tensor
     return new_rows(hidden_ND, hidden_ND.shape[0]), hidden_ND.new_empty(shape)
 
 
-@torch.library.custom_op("lw_kernels::linear_masked_ce_backward", mutates_args=())
-def _backward_op(grad_loss_N: Tensor, grad_ND: Tensor, weights_N: Tensor | None) -> Tensor:
+def _scale_grad(grad_loss_N: Tensor, grad_ND: Tensor, weights_N: Tensor | None) -> Tensor:
     from lw_kernels import cross_entropy_triton as kernels
 
     scaled_ND = torch.empty_like(grad_ND)
     kernels.scale_rows(grad_ND, grad_loss_N, weights_N, scaled_ND)
     return scaled_ND
+
+
+_backward_op = torch.library.custom_op(
+    "lw_kernels::linear_masked_ce_backward", _scale_grad, mutates_args=()
+)
 
 
 @_backward_op.register_fake
@@ -194,8 +203,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss_N, *_):
     weights_N, grad_ND = ctx.saved_tensors
-    grad = None if grad_loss_N is None else _backward_op(grad_loss_N, grad_ND, weights_N)
+    if grad_loss_N is None:
+        return (None,) * 8
+    grad = run_backward(_backward_op, _scale_grad, grad_loss_N, grad_ND, weights_N)
     return grad, *(None,) * 7
 
 
 _linear_masked_ce.register_autograd(_backward, setup_context=_setup_context)
+_Plain = autograd_function("LinearMaskedCE", _forward, _setup_context, _backward)

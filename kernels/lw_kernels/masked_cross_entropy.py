@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lw_kernels.dispatch import choose, unit_stride
+from lw_kernels.dispatch import autograd_function, choose, is_plain, run_backward, unit_stride
 
 
 class CrossEntropyRows(NamedTuple):
@@ -75,9 +75,8 @@ def masked_cross_entropy(
         )
     if inplace_backward and torch.compiler.is_compiling():
         raise ValueError("masked_cross_entropy: no inplace_backward under torch.compile")
-    return CrossEntropyRows(
-        *_masked_cross_entropy(logits_NV, labels_N, weights_N, ignore_index, inplace_backward)
-    )
+    op = _Plain.apply if is_plain(logits_NV) else _masked_cross_entropy
+    return CrossEntropyRows(*op(logits_NV, labels_N, weights_N, ignore_index, inplace_backward))
 
 
 def masked_cross_entropy_ref(
@@ -132,8 +131,7 @@ def new_rows(like: Tensor, num_rows: int) -> RowTensors:
     return loss, nll, lse, top1, top5
 
 
-@torch.library.custom_op("lw_kernels::masked_cross_entropy", mutates_args=())
-def _masked_cross_entropy(
+def _forward(
     logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, ignore_index: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -144,13 +142,17 @@ def _masked_cross_entropy(
     return rows
 
 
+_masked_cross_entropy = torch.library.custom_op(
+    "lw_kernels::masked_cross_entropy", _forward, mutates_args=()
+)
+
+
 @_masked_cross_entropy.register_fake
 def _(logits_NV, labels_N, weights_N, ignore_index, inplace_backward):
     return new_rows(logits_NV, logits_NV.shape[0])
 
 
-@torch.library.custom_op("lw_kernels::masked_cross_entropy_backward", mutates_args=())
-def _backward_op(
+def _grad_logits(
     grad_loss_N: Tensor, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None,
     lse_N: Tensor, ignore_index: int,
 ) -> Tensor:
@@ -161,6 +163,11 @@ def _backward_op(
         grad_loss_N, unit_stride(logits_NV), labels_N, weights_N, lse_N, ignore_index, grad_NV
     )
     return grad_NV
+
+
+_backward_op = torch.library.custom_op(
+    "lw_kernels::masked_cross_entropy_backward", _grad_logits, mutates_args=()
+)
 
 
 @_backward_op.register_fake
@@ -196,10 +203,11 @@ def _backward(ctx, grad_loss_N, *_):
     logits_NV, labels_N, weights_N, lse_N = ctx.saved_tensors
     args = (grad_loss_N, logits_NV, labels_N, weights_N, lse_N, ctx.ignore_index)
     if not ctx.inplace:
-        return _backward_op(*args), None, None, None, None
+        return run_backward(_backward_op, _grad_logits, *args), None, None, None, None
     logits_NV = logits_NV.detach()
     _backward_op_(grad_loss_N, logits_NV, *args[2:])
     return logits_NV, None, None, None, None
 
 
 _masked_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+_Plain = autograd_function("MaskedCrossEntropy", _forward, _setup_context, _backward)

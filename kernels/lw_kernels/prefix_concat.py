@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lw_kernels.dispatch import choose, unit_stride
+from lw_kernels.dispatch import autograd_function, choose, is_plain, run_backward, unit_stride
 
 CALIBRATIONS = ("none", "per_slot", "per_example")
 MAX_DIM = 65536
@@ -90,7 +90,8 @@ def prefix_concat(
             packed_rows=packed_rows,
         )
     scale = gain if calibration == "none" else gain * target_rms
-    embeds, positions, mask, cu_seqlens, _ = _prefix_concat(
+    plain = is_plain(raw_BMD, embed_VD)
+    embeds, positions, mask, cu_seqlens, _ = (_Plain.apply if plain else _prefix_concat)(
         raw_BMD, embed_VD, head_ids_H, tail_ids_BT, tail_lengths_B,
         calibration, scale, bound, eps, -1 if packed_rows is None else packed_rows,
     )
@@ -195,8 +196,7 @@ def _check(
 # The op: opaque to torch.compile, which needs only the shapes of its results.
 
 
-@torch.library.custom_op("lw_kernels::prefix_concat", mutates_args=())
-def _prefix_concat(
+def _forward(
     raw_BMD: Tensor, embed_VD: Tensor, head_ids_H: Tensor, tail_ids_BT: Tensor,
     tail_lengths_B: Tensor, calibration: str, scale: float, bound: float, eps: float,
     packed_rows: int,
@@ -213,6 +213,9 @@ def _prefix_concat(
     elif packed_rows >= 0:
         outputs[3].zero_()
     return outputs
+
+
+_prefix_concat = torch.library.custom_op("lw_kernels::prefix_concat", _forward, mutates_args=())
 
 
 @_prefix_concat.register_fake
@@ -237,8 +240,7 @@ def _new_outputs(
     )
 
 
-@torch.library.custom_op("lw_kernels::prefix_concat_backward", mutates_args=())
-def _prefix_concat_backward(
+def _grad_raw(
     grad_embeds: Tensor, raw_BMD: Tensor, cu_seqlens: Tensor, sumsq_BM: Tensor, num_head: int,
     calibration: str, scale: float, bound: float, eps: float,
 ) -> Tensor:
@@ -251,6 +253,11 @@ def _prefix_concat_backward(
             num_head=num_head, calibration=calibration, scale=scale, bound=bound, eps=eps,
         )
     return grad_raw_BMD
+
+
+_prefix_concat_backward = torch.library.custom_op(
+    "lw_kernels::prefix_concat_backward", _grad_raw, mutates_args=()
+)
 
 
 @_prefix_concat_backward.register_fake
@@ -271,10 +278,12 @@ def _backward(ctx, grad_embeds, *_):
     grad_raw_BMD = None
     if grad_embeds is not None:
         raw_BMD, cu_seqlens, sumsq_BM = ctx.saved_tensors
-        grad_raw_BMD = _prefix_concat_backward(
-            grad_embeds, raw_BMD, cu_seqlens, sumsq_BM, *ctx.settings
+        grad_raw_BMD = run_backward(
+            _prefix_concat_backward, _grad_raw,
+            grad_embeds, raw_BMD, cu_seqlens, sumsq_BM, *ctx.settings,
         )
     return grad_raw_BMD, *(None,) * 9
 
 
 _prefix_concat.register_autograd(_backward, setup_context=_setup_context)
+_Plain = autograd_function("PrefixConcat", _forward, _setup_context, _backward)

@@ -1,9 +1,17 @@
 """Triton kernels of prefix_concat; formulas, shapes and letters are in prefix_concat.py.
 
 Forward: one program per output row gathers an embedding row or calibrates a prefix row, and writes
-mask and position beside it. "per_example" needs the sum over all M slots first, hence one launch
-more (`_slot_dots_kernel`); the writer then walks backwards, so that the rows read last are met
-first, while they are still in L2.
+mask and position beside it. Backward: one program per prefix row.
+
+"per_example" needs a sum over all M slots before any of them can be written. Two schedules:
+
+- GROUP: the M programs of an example hold their rows in registers, store their part of the sum and
+  wait for each other (`_meet`). Nothing is read twice and there is one launch. It relies on GPUs
+  starting programs in order: only the newest example can be incomplete, and its programs start as
+  older ones, which wait for nobody else, end. M programs must fit on the GPU at once.
+- otherwise a launch of its own makes the sums (`_slot_dots_kernel`); the writer then walks
+  backwards, so that the rows read last are met first, while they are still in L2. Triton's
+  interpreter, which runs programs one after another, needs this one.
 
 bf16 is widened to fp32 straight after each load: Triton's interpreter holds bf16 as raw bits and
 would compute on those.
@@ -11,17 +19,23 @@ would compute on those.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lw_kernels.dispatch import on_device_of
+from lw_kernels.dispatch import interpreting, on_device_of
 
 NONE, PER_SLOT, PER_EXAMPLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # These change from batch to batch; compiling anew for 1 and for multiples of 16 would not pay.
 VARYING = ["num_examples", "num_tail", "num_rows", "seq_len", "stride_tail"]
 MODES = {"none": 0, "per_slot": 1, "per_example": 2}
+_GROUP = True
+"""Whether "per_example" may take the GROUP schedule."""
+MAX_POLLS = tl.constexpr(1 << 22)
+"""Seconds of waiting, after which the example becomes NaN instead of hanging the GPU."""
 
 
 @triton.jit
@@ -43,8 +57,26 @@ def _mean_square(sumsq_ptr, b, m, num_slots, dim, MODE: tl.constexpr, BLOCK_M: t
     if MODE == PER_SLOT:
         return tl.load(sumsq_ptr + b * num_slots + m) / dim
     slots = tl.arange(0, BLOCK_M)
-    sums = tl.load(sumsq_ptr + b * num_slots + slots, mask=slots < num_slots, other=0.0)
+    # .cg: L1 may hold what was there before another program stored its part.
+    sums = tl.load(
+        sumsq_ptr + b * num_slots + slots, mask=slots < num_slots, other=0.0, cache_modifier=".cg"
+    )
     return tl.sum(sums, 0) / (dim * num_slots)
+
+
+@triton.jit
+def _meet(arrived_ptr, num_slots):
+    """Wait until all programs of an example are here, each with its part of the sum stored.
+
+    Returns 0.0, or NaN if they did not come.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+    polls = 0
+    while (arrived < num_slots) & (polls < MAX_POLLS):
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+        polls += 1
+    return tl.where(arrived < num_slots, float("nan"), 0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -86,8 +118,8 @@ def _slot_dots_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _write_rows_kernel(
-    # inputs (sumsq is an output of PER_SLOT)
-    raw_ptr, embed_ptr, head_ids_ptr, tail_ids_ptr, lengths_ptr, cu_ptr, sumsq_ptr,
+    # inputs (sumsq is an output of PER_SLOT and GROUP; arrived is zero, GROUP counts in it)
+    raw_ptr, embed_ptr, head_ids_ptr, tail_ids_ptr, lengths_ptr, cu_ptr, sumsq_ptr, arrived_ptr,
     # outputs
     embeds_ptr, positions_ptr, mask_ptr,
     # strides in elements; the last dimension is contiguous everywhere
@@ -95,12 +127,12 @@ def _write_rows_kernel(
     # sizes
     num_examples, num_head, num_slots, num_tail, num_rows, dim, num_vocab,
     scale, bound, eps,
-    MODE: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr,
+    MODE: tl.constexpr, GROUP: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """Row s of example b of the LM's input, with its position and mask."""
     pid = tl.program_id(0)
-    if MODE == PER_EXAMPLE:
+    if (MODE == PER_EXAMPLE) and (not GROUP):
         pid = tl.num_programs(0) - 1 - pid
     num_fixed = num_head + num_slots
     seq_len = num_fixed + num_tail
@@ -117,55 +149,61 @@ def _write_rows_kernel(
         total = tl.load(cu_ptr + num_examples)
         row = tl.where(real, start + s, total + (b * seq_len - start) + (s - length)).to(tl.int64)
 
-    if row < num_rows:
-        cols = tl.arange(0, BLOCK_D)
-        inside = cols < dim
-        slot = s - num_head
-        if (slot >= 0) & (slot < num_slots):
-            raw_row = raw_ptr + b * stride_raw_b + slot * stride_raw_m
-            y = _load_slot(raw_row, cols, inside, bound, BOUNDED)
-            factor = scale
-            if MODE == PER_SLOT:
-                sumsq = tl.sum(y * y, 0)
-                tl.store(sumsq_ptr + b * num_slots + slot, sumsq)
-                factor = scale / tl.sqrt(sumsq / dim + eps)
-            if MODE == PER_EXAMPLE:
-                mean = _mean_square(sumsq_ptr, b, slot, num_slots, dim, MODE, BLOCK_M)
-                factor = scale / tl.sqrt(mean + eps)
-            y = y * factor
+    write = row < num_rows
+    cols = tl.arange(0, BLOCK_D)
+    inside = cols < dim
+    slot = s - num_head
+    if (slot >= 0) & (slot < num_slots):
+        raw_row = raw_ptr + b * stride_raw_b + slot * stride_raw_m
+        y = _load_slot(raw_row, cols, inside, bound, BOUNDED)
+        if (MODE == PER_SLOT) or GROUP:
+            sumsq = tl.sum(y * y, 0)
+            tl.store(sumsq_ptr + b * num_slots + slot, sumsq)
+        if MODE == NONE:
+            y = y * scale
+        elif MODE == PER_SLOT:
+            y = y * (scale / tl.sqrt(sumsq / dim + eps))
         else:
-            head = s < num_head
-            tail_ptr = tail_ids_ptr + b * stride_tail + (s - num_fixed)
-            token = tl.load(tail_ptr, mask=real & (s >= num_fixed), other=0)
-            token += tl.load(head_ids_ptr + s, mask=head, other=0)
-            known = (token >= 0) & (token < num_vocab)
-            embed_row = embed_ptr + token.to(tl.int64) * stride_embed
-            y = tl.load(embed_row + cols, mask=inside & real & known, other=0.0).to(tl.float32)
-            # An id outside the table must not go unnoticed, nor read foreign memory.
-            y = tl.where(known, y, float("nan"))
-        if PACKED:
-            y = tl.where(total > num_rows, float("nan"), y)
-        y = y.to(embeds_ptr.dtype.element_ty)
-        tl.store(embeds_ptr + row * dim + cols, y, mask=inside)
-        if PACKED:
-            tl.store(positions_ptr + row, tl.where(real, s, 0))
-        else:
-            tl.store(positions_ptr + row, s)
-            tl.store(mask_ptr + row, real)
+            if GROUP:
+                scale += _meet(arrived_ptr + b, num_slots)
+            mean = _mean_square(sumsq_ptr, b, slot, num_slots, dim, MODE, BLOCK_M)
+            y = y * (scale / tl.sqrt(mean + eps))
+    else:
+        head = s < num_head
+        tail_ptr = tail_ids_ptr + b * stride_tail + (s - num_fixed)
+        token = tl.load(tail_ptr, mask=real & (s >= num_fixed), other=0)
+        token += tl.load(head_ids_ptr + s, mask=head, other=0)
+        known = (token >= 0) & (token < num_vocab)
+        embed_row = embed_ptr + token.to(tl.int64) * stride_embed
+        y = tl.load(embed_row + cols, mask=inside & real & known, other=0.0).to(tl.float32)
+        # An id outside the table must not go unnoticed, nor read foreign memory.
+        y = tl.where(known, y, float("nan"))
+    if PACKED:
+        y = tl.where(total > num_rows, float("nan"), y)
+    y = y.to(embeds_ptr.dtype.element_ty)
+    tl.store(embeds_ptr + row * dim + cols, y, mask=inside & write)
+    if PACKED:
+        tl.store(positions_ptr + row, tl.where(real, s, 0), mask=write)
+    else:
+        tl.store(positions_ptr + row, s)
+        tl.store(mask_ptr + row, real)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _slot_grad_kernel(
-    grad_ptr, raw_ptr, cu_ptr, sumsq_ptr, dots_ptr, grad_raw_ptr,
+    # inputs (dots is an output of GROUP, arrived as in the forward pass)
+    grad_ptr, raw_ptr, cu_ptr, sumsq_ptr, dots_ptr, arrived_ptr,
+    # output
+    grad_raw_ptr,
     stride_raw_b, stride_raw_m,
     num_slots, num_head, seq_len, num_rows, dim,
     scale, bound, eps,
-    MODE: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr,
+    MODE: tl.constexpr, GROUP: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """Gradient of slot m of example b."""
     pid = tl.program_id(0)
-    if MODE == PER_EXAMPLE:
+    if (MODE == PER_EXAMPLE) and (not GROUP):
         pid = tl.num_programs(0) - 1 - pid
     b = (pid // num_slots).to(tl.int64)
     m = pid % num_slots
@@ -187,6 +225,9 @@ def _slot_grad_kernel(
             if MODE == PER_SLOT:
                 mean_dot = tl.sum(grad * u, 0) / dim
             else:
+                if GROUP:
+                    tl.store(dots_ptr + pid, tl.sum(grad * u, 0))
+                    scale += _meet(arrived_ptr + b, num_slots)
                 # The mean of the dots is laid out as the mean of the squares.
                 mean_dot = _mean_square(dots_ptr, b, m, num_slots, dim, MODE, BLOCK_M)
             grad = (scale / tl.sqrt(mean)) * (grad - u * (mean_dot / mean))
@@ -208,12 +249,14 @@ def forward(
     num_fixed = num_head + num_slots
     packed = cu_seqlens.numel() > 0
     blocks = _blocks(num_slots, dim)
+    group = calibration == "per_example" and _can_group(raw_BMD)
     with on_device_of(raw_BMD):
+        arrived_B = sumsq_BM.new_zeros(num_examples, dtype=torch.int32) if group else sumsq_BM
         if packed:
             _cu_seqlens_kernel[(1,)](
                 tail_lengths_B, cu_seqlens, num_examples, num_fixed, num_tail, BLOCK_B=1024
             )
-        if calibration == "per_example" and sumsq_BM.numel():
+        if calibration == "per_example" and not group and sumsq_BM.numel():
             _slot_dots_kernel[(num_examples * num_slots,)](
                 raw_BMD, embeds, cu_seqlens, sumsq_BM, *raw_BMD.stride()[:2],
                 num_slots, num_head, num_fixed + num_tail, dim, bound,
@@ -223,11 +266,11 @@ def forward(
         if embeds.numel():
             _write_rows_kernel[(num_examples * (num_fixed + num_tail),)](
                 raw_BMD, embed_VD, head_ids_H, tail_ids_BT, tail_lengths_B, cu_seqlens, sumsq_BM,
-                embeds, positions, mask,
+                arrived_B, embeds, positions, mask,
                 *raw_BMD.stride()[:2], embed_VD.stride(0), tail_ids_BT.stride(0),
                 num_examples, num_head, num_slots, num_tail, positions.numel(), dim,
                 embed_VD.shape[0], scale, bound, eps,
-                MODE=MODES[calibration], BOUNDED=bound > 0, PACKED=packed, **blocks,
+                MODE=MODES[calibration], GROUP=group, BOUNDED=bound > 0, PACKED=packed, **blocks,
             )
 
 
@@ -242,10 +285,14 @@ def backward(
     seq_len = 0 if packed else grad_embeds.shape[1]
     blocks = _blocks(num_slots, dim)
     grid = (num_examples * num_slots,)
-    dots_BM = sumsq_BM
+    dots_BM = arrived_B = sumsq_BM
+    group = calibration == "per_example" and _can_group(raw_BMD)
     with on_device_of(raw_BMD):
         if calibration == "per_example":
             dots_BM = torch.empty_like(sumsq_BM)
+        if group:
+            arrived_B = sumsq_BM.new_zeros(num_examples, dtype=torch.int32)
+        elif calibration == "per_example":
             _slot_dots_kernel[grid](
                 raw_BMD, grad_embeds, cu_seqlens, dots_BM, *raw_BMD.stride()[:2],
                 num_slots, num_head, seq_len, dim, bound,
@@ -253,12 +300,24 @@ def backward(
                 BLOCK_D=blocks["BLOCK_D"], num_warps=blocks["num_warps"],
             )
         _slot_grad_kernel[grid](
-            grad_embeds, raw_BMD, cu_seqlens, sumsq_BM, dots_BM, grad_raw_BMD,
+            grad_embeds, raw_BMD, cu_seqlens, sumsq_BM, dots_BM, arrived_B, grad_raw_BMD,
             *raw_BMD.stride()[:2],
             num_slots, num_head, seq_len, grad_embeds.numel() // dim, dim,
             scale, bound, eps,
-            MODE=MODES[calibration], BOUNDED=bound > 0, PACKED=packed, **blocks,
+            MODE=MODES[calibration], GROUP=group, BOUNDED=bound > 0, PACKED=packed, **blocks,
         )
+
+
+def _can_group(raw_BMD: Tensor) -> bool:
+    """Whether the programs of an example fit on the GPU at once, one to a multiprocessor."""
+    if not _GROUP or interpreting() or not raw_BMD.is_cuda:
+        return False
+    return raw_BMD.shape[1] <= _num_multiprocessors(raw_BMD.device.index)
+
+
+@functools.cache
+def _num_multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _blocks(num_slots: int, dim: int) -> dict[str, int]:

@@ -48,8 +48,8 @@ def rms(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
 @dataclass(frozen=True)
 class Calibration:
     """How a raw prefix is scaled: `per_slot` normalises each latent by itself, `embed_rms` and
-    `fixed` use one factor per example (they differ in where the target comes from), `none` leaves
-    it alone. `gain` comes on top in every mode."""
+    `fixed` and `train_stats` use one factor per example (they differ in where the target comes
+    from), `none` leaves it alone. `gain` comes on top in every mode."""
 
     mode: str
     target_rms: float = 1.0
@@ -63,6 +63,7 @@ KERNEL_MODE = {
     "per_slot": "per_slot",
     "embed_rms": "per_example",
     "fixed": "per_example",
+    "train_stats": "per_example",
 }
 """Calibration mode -> what lw_kernels.prefix_concat calls it."""
 

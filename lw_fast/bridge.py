@@ -63,6 +63,8 @@ class LatentBridge(nn.Module):
             }
         )
         self.embed_rms = dict(embed_rms)
+        # Mean calibrated RMS of training per LM, for calibration=train_stats (model.load_model).
+        self.train_rms: dict[str, float] = {}
         self.config = config.adapter
         self.autocast = autocast
         self.alignment = alignment
@@ -88,8 +90,10 @@ class LatentBridge(nn.Module):
     def calibration(self, name: str, gain: float = 1.0) -> Calibration:
         """How the raw prefix of one LM gets that LM's loudness."""
         mode = self.config.calibration
-        target = self.config.prefix_target_rms if mode == "fixed" else self.embed_rms[name]
-        return Calibration(mode, target, gain)
+        if mode == "fixed":
+            return Calibration(mode, self.config.prefix_target_rms, gain)
+        known = self.train_rms if mode == "train_stats" else self.embed_rms
+        return Calibration(mode, known[name], gain)
 
     def precision(self, device: torch.device) -> torch.autocast:
         """The autocast context in which the trainable part computes."""

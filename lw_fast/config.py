@@ -42,7 +42,7 @@ class DataConfig:
     samples: int = setting(0, "training questions, a seeded subset; 0 takes all")
     eval_samples: int = setting(0, "evaluation questions, a seeded subset; 0 takes all")
     data_seed: int = setting(42, "seed of the training subset")
-    eval_seed: int = setting(12345, "seed of the evaluation subset")
+    eval_seed: int = setting(12345, "seed of the evaluation subset and of sampled first tokens")
     max_answer_tokens: int = setting(32, "longer training answers are cut (and lose their EOS)")
     max_answer_chars: int = setting(
         0, "training questions with a longer first answer are left out; 0 keeps all"
@@ -100,8 +100,8 @@ class AdapterConfig:
     calibration: str = setting(
         "per_slot",
         "how the prefix gets the LM's embedding RMS: per slot, per example (embed_rms), a fixed "
-        "target (fixed), or not at all",
-        choices=("per_slot", "embed_rms", "fixed", "none"),
+        "target (fixed), the mean of training (train_stats, for evaluation), or not at all",
+        choices=("per_slot", "embed_rms", "fixed", "train_stats", "none"),
     )
     prefix_target_rms: float = setting(0.015, "target RMS of calibration=fixed")
     prefix_gain: float = setting(1.0, "factor on the calibrated prefix at decode time")
@@ -197,7 +197,38 @@ class EvalConfig:
     chunk_size: int = setting(64, "questions per generation batch")
     min_new_tokens: int = setting(3, "protocol=seed: EOS is banned before this many tokens")
     eos_ban_steps: int = setting(6, "protocol=seed: EOS is banned for this many steps")
+    latent_anchor_mode: str = setting(
+        "auto",
+        "between latents and answer at decode time: the anchor of training (auto), a text, the "
+        "chat template's assistant header, or nothing",
+        choices=("auto", "text", "chat", "none"),
+    )
+    latent_anchor_text: str = setting(
+        "", "latent_anchor_mode=text: the text; empty: the anchor of training"
+    )
+    append_bos_after_prefix: str = setting(
+        "train",
+        "BOS behind that anchor at decode time: as in training, only without an anchor (auto), "
+        "yes or no",
+        choices=("train", "auto", "yes", "no"),
+    )
+    first_token_top_p: float = setting(1.0, "nucleus of a sampled first token (latent kinds)")
+    first_token_temperature: float = setting(
+        0.0, "temperature of the first token (latent kinds); 0: greedy"
+    )
+    text_format: str = setting(
+        "plain",
+        "text prompts: plain, or in the LM's chat template with the original's system prompt",
+        choices=("plain", "chat"),
+    )
     token_budget_k: int = setting(0, "tokens kept of the text in token_budget; 0: latent_len")
+    token_budget_mode: str = setting(
+        "content_only",
+        "token_budget keeps the first tokens of the text, or of the whole chat prompt (chat_full)",
+        choices=("content_only", "chat_full"),
+    )
+    debug_print_first: int = setting(3, "latent answers shown and kept for the eye")
+    debug_topk: int = setting(5, "first-step candidates kept for those questions; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +237,9 @@ class RunConfig:
 
     log_every: int = setting(10, "steps between rows of log.jsonl")
     eval_every: int = setting(0, "epochs between evaluations; 0: only after the last")
+    smoke_samples: int = setting(
+        0, "questions of the evaluations before the last; 0: eval_samples as for the last"
+    )
     save_every: int = setting(0, "steps between extra checkpoints; 0: only after an epoch")
     keep_last: int = setting(0, "checkpoints kept (the newest ones); 0 keeps all")
 
@@ -267,7 +301,8 @@ _NOT_NEGATIVE = (
     "samples eval_samples max_answer_chars channel_spans span_weight gold_span_until "
     "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight align_weight scale_l2 "
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
-    "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last"
+    "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last "
+    "smoke_samples first_token_temperature debug_print_first debug_topk"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
 _NOT_LM_NAMES = ("loss", "span", "align", "counts")
@@ -296,6 +331,23 @@ def _validate(config: Config) -> None:
         )
     if config.encoder.copy_slots > 0 and config.num_copy_slots == 0:
         raise UserError("copy_slots needs span_head=true and encoder_type byte or lm")
+    if not 0 < config.eval.first_token_top_p <= 1:
+        raise UserError(
+            f"first_token_top_p must be above 0 and at most 1, got {config.eval.first_token_top_p}"
+        )
+    if config.eval.first_token_top_p < 1 and config.eval.first_token_temperature == 0:
+        raise UserError(
+            "first_token_top_p below 1 needs first_token_temperature above 0: temperature 0 is "
+            "greedy, whatever the nucleus"
+        )
+    if config.eval.latent_anchor_text and config.eval.latent_anchor_mode != "text":
+        raise UserError("latent_anchor_text needs latent_anchor_mode=text")
+    if config.eval.latent_anchor_mode == "text" and not (
+        config.eval.latent_anchor_text or config.sequence.warm_anchor_text
+    ):
+        raise UserError(
+            "latent_anchor_mode=text needs latent_anchor_text: there is no warm_anchor_text"
+        )
     if config.encoder.encoder_dim % config.encoder.encoder_heads:
         raise UserError("encoder_dim must be a multiple of encoder_heads")
     if config.encoder.encoder_type == "byte_seed" and config.encoder.d_z % 8:

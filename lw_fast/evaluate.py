@@ -9,7 +9,6 @@ gold answer; EOS is not among them, because an untuned LM behind a text prompt g
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,20 @@ from lw_fast.batches import to_device
 from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
+from lw_fast.diagnostics import diagnose, peeks
 from lw_fast.errors import UserError
+from lw_fast.eval_files import write_evaluation
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel
-from lw_fast.prompts import KINDS, Latents, Prompts, make_prompts, text_prompt
+from lw_fast.prompts import (
+    KINDS,
+    LATENT_KINDS,
+    Latents,
+    Prompts,
+    decode_frame,
+    make_prompts,
+    text_prompt,
+)
 from lw_fast.scoring import (
     agreement,
     clean_prediction,
@@ -37,11 +46,7 @@ from lw_fast.scoring import (
     score,
     unique_count,
 )
-from lw_fast.sequence import Frame, make_frame, pair_targets, tokenize_answers
-
-COLLAPSE_ALARM = 0.95
-"""Mean pairwise cosine of Z above which the latents say nothing about their source."""
-COSINE_EXAMPLES = 256
+from lw_fast.sequence import Frame, pair_targets, tokenize_answers
 
 PROTOCOLS = ("clean", "seed")
 
@@ -68,7 +73,7 @@ class Result:
 
 
 def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> dict[str, Any]:
-    """Evaluates a model, writes metrics.json and predictions.jsonl, returns the metrics."""
+    """Evaluates a model, writes the files of eval_files.py, returns the metrics."""
     kinds, protocols = asked_for(model.config)
     if len(examples) == 1:
         kinds = [kind for kind in kinds if kind != "shuffled"]  # there is no other latent
@@ -87,9 +92,14 @@ def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> 
         for protocol in protocols
     }
     metrics = _metrics(model, examples, latents, results, encode_seconds)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    _write_predictions(out_dir / "predictions.jsonl", examples, latents, results)
+    predictions = {
+        protocol: {
+            kind: {name: result.predictions for name, result in per_lm.items()}
+            for kind, per_lm in by_kind.items()
+        }
+        for protocol, by_kind in results.items()
+    }
+    write_evaluation(out_dir, model.config, metrics, examples, latents.span_text, predictions)
     return metrics
 
 
@@ -149,15 +159,15 @@ def run_kind(
     """Generates and scores one kind on one LM."""
     config = model.config
     started = time.perf_counter()
-    frame = make_frame(lm.tokenizer, config.sequence)
+    frame = decode_frame(kind, lm.tokenizer, config)
     prompts = make_prompts(
         kind, lm, frame, examples, latents, model.bridge,
         gain=config.adapter.prefix_gain,
         token_budget_k=config.eval.token_budget_k or config.encoder.latent_len,
+        token_budget_mode=config.eval.token_budget_mode,
     )  # fmt: skip
     golds = [example.answers[0] if example.answers else "" for example in examples]
-    ban = max(config.eval.min_new_tokens, config.eval.eos_ban_steps) if protocol == "seed" else 0
-    rules = DecodeRules(config.eval.max_new_tokens, ban)
+    rules = decode_rules(config, kind, protocol)
     predictions = generate(lm, prompts, rules, config.eval.chunk_size)
     scores = score_answers(lm, frame, prompts, golds, model, count_eos=False)
     return Result(
@@ -168,12 +178,28 @@ def run_kind(
     )
 
 
+def decode_rules(config: Config, kind: str, protocol: str) -> DecodeRules:
+    """How tokens of one kind are picked: only behind latents may the first one be sampled."""
+    choices = config.eval
+    ban = max(choices.min_new_tokens, choices.eos_ban_steps) if protocol == "seed" else 0
+    if kind not in LATENT_KINDS:
+        return DecodeRules(choices.max_new_tokens, ban)
+    return DecodeRules(
+        choices.max_new_tokens,
+        ban,
+        first_top_p=choices.first_token_top_p,
+        first_temperature=choices.first_token_temperature,
+        seed=config.data.eval_seed,
+    )
+
+
 def generate(lm: FrozenLM, prompts: Prompts, rules: DecodeRules, chunk_size: int) -> list[str]:
-    """Greedy answers, cleaned. Prompts of like length share a batch, so little is padded."""
+    """Answers, cleaned. Prompts of like length share a batch, so little is padded."""
     answers = [""] * len(prompts.lengths)
+    draws_N = rules.draws(len(answers))
     order = np.argsort(prompts.lengths, kind="stable")
     for index in np.array_split(order, max(1, -(-len(order) // chunk_size))):
-        rows = greedy(lm, prompts.embeds(index), rules)
+        rows = greedy(lm, prompts.embeds(index), rules, draws_N[index])
         texts = lm.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for i, text in zip(index, texts, strict=True):
             answers[i] = clean_prediction(text)
@@ -193,7 +219,11 @@ def score_answers(
     """Teacher-forced log-likelihood of one answer per prompt."""
     config = model.config
     ids, complete = tokenize_answers(
-        lm.tokenizer, config.sequence.warm_anchor_text, answers, config.data.max_answer_tokens
+        lm.tokenizer,
+        frame.anchor_text,
+        answers,
+        config.data.max_answer_tokens,
+        chat=frame.chat,
     )
     complete = complete & count_eos
     out = GoldScores(*(np.zeros(len(answers)) for _ in range(4)))
@@ -280,6 +310,13 @@ def _metrics(
         for name, lm in model.lms.items()
     }
     num_latents = config.encoder.latent_len
+    payload = {
+        "fp32": 4 * num_latents * config.encoder.d_z,
+        "fp16": 2 * num_latents * config.encoder.d_z,
+        "text_utf8": float(
+            np.mean([len(text_prompt(e.context, e.question).encode()) for e in examples])
+        ),
+    }
     metrics: dict[str, Any] = {
         "samples": len(examples),
         "dataset": config.data.eval_dataset or config.data.dataset,
@@ -290,15 +327,15 @@ def _metrics(
         "dtype": {name: str(lm.dtype).removeprefix("torch.") for name, lm in model.lms.items()},
         "avg_prompt_tokens": text_tokens,
         "compression": {name: tokens / num_latents for name, tokens in text_tokens.items()},
-        "payload_bytes": {
-            "fp32": 4 * num_latents * config.encoder.d_z,
-            "fp16": 2 * num_latents * config.encoder.d_z,
-            "text_utf8": float(
-                np.mean([len(text_prompt(e.context, e.question).encode()) for e in examples])
-            ),
+        "payload_bytes": payload,
+        "wire": {
+            "latent_shape": [num_latents, config.encoder.d_z],
+            "latent_bytes": payload["fp16"],
+            "text_bytes": payload["text_utf8"],
+            "compression": payload["text_utf8"] / payload["fp16"],
         },
         "encode_sec": encode_seconds,
-        "diagnostics": _diagnostics(model, latents),
+        "diagnostics": diagnose(model, latents),
     }
     if latents.span_text is not None:
         span = score(latents.span_text, golds_of(examples)).means()
@@ -307,8 +344,12 @@ def _metrics(
         table = metrics if protocol == "clean" else metrics.setdefault(protocol, {})
         for kind, per_lm in kinds.items():
             table[kind] = {name: _kind_metrics(r, examples) for name, r in per_lm.items()}
-        if len(kinds.get("latent", {})) > 1:
-            table["joint"] = _joint(model, examples, latents, kinds["latent"])
+        latent = kinds.get("latent", {})
+        if len(latent) > 1:
+            table["joint"], table["oracle"] = _joint(model, examples, latents, latent)
+        if latent and config.eval.debug_print_first:
+            answers = {name: result.predictions for name, result in latent.items()}
+            table["debug"] = peeks(model, examples, latents, answers)
     return metrics
 
 
@@ -322,13 +363,13 @@ def _joint(
     examples: Sequence[Example],
     latents: Latents,
     results: Mapping[str, Result],
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, float]]:
     """The LMs' latent answers together: the pick with the highest summed log-likelihood under all
-    LMs, how often they agree, and the best of them by F1 (the oracle)."""
+    LMs and how often they agree; and the oracle, the best of them for each question."""
     candidates = [result.predictions for result in results.values()]
     nll = np.zeros((len(candidates), len(examples)))
     for lm in model.lms.values():
-        frame = make_frame(lm.tokenizer, model.config.sequence)
+        frame = decode_frame("latent", lm.tokenizer, model.config)
         prompts = make_prompts(
             "latent", lm, frame, examples, latents, model.bridge,
             gain=model.config.adapter.prefix_gain, token_budget_k=0,
@@ -338,62 +379,14 @@ def _joint(
     pick = nll.argmin(0)
     picked = [candidates[choice][i] for i, choice in enumerate(pick)]
     golds = golds_of(examples)
-    joint = score(picked, golds).means()
-    return {
-        "em": joint["em"],
-        "f1": joint["f1"],
+    scores = [score(answers, golds)._asdict() for answers in candidates]
+    best = {name: oracle(*(columns[name] for columns in scores)) for name in scores[0]}
+    joint = {
+        **score(picked, golds).means(),
         "agreement": float(np.mean([agreement(candidates[0], other) for other in candidates[1:]])),
-        "oracle_f1": oracle(*(score(answers, golds).f1 for answers in candidates)),
+        "oracle_f1": best["f1"],
     }
-
-
-@torch.no_grad()
-def _diagnostics(model: LatentModel, latents: Latents) -> dict[str, Any]:
-    """Is Z alive (spread, not collapsed), and does the prefix have the LM's loudness?"""
-    z_NMZ = latents.z_NMZ[:COSINE_EXAMPLES]
-    flat = torch.nn.functional.normalize(z_NMZ.flatten(1), dim=1)
-    num, pairs = len(flat), {}
-    if num > 1:
-        cosine = float(((flat @ flat.T).sum() - num) / (num * (num - 1)))
-        pairs = {"z_cosine": cosine, "z_collapsed": cosine > COLLAPSE_ALARM}
-    per_lm = {}
-    for name, lm in model.lms.items():
-        prefix_BMD = model.bridge.prefix(name, z_NMZ, model.config.adapter.prefix_gain)
-        per_lm[name] = {
-            "prefix_std": prefix_BMD.std().item(),
-            "embed_rms": lm.embed_rms,
-            "adapter_scale": model.bridge.adapters[name].scale.item(),
-        }
-    return {
-        "z_std": z_NMZ.std().item(),
-        **pairs,
-        "prefix": per_lm,
-    }
-
-
-def _write_predictions(
-    path: Path,
-    examples: Sequence[Example],
-    latents: Latents,
-    results: Mapping[str, Mapping[str, Mapping[str, Result]]],
-) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for i, example in enumerate(examples):
-            row: dict[str, Any] = {
-                "id": example.id,
-                "question": example.question,
-                "prompt_raw": text_prompt(example.context, example.question),
-                "gold": example.answers[0] if example.answers else "",
-                "golds": list(example.answers),
-            }
-            if latents.span_text is not None:
-                row["span_pred"] = latents.span_text[i]
-            for protocol, kinds in results.items():
-                prefix = "" if protocol == "clean" else f"{protocol}_"
-                for kind, per_lm in kinds.items():
-                    for name, result in per_lm.items():
-                        row[f"{prefix}{kind}_pred_{name}"] = result.predictions[i]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return joint, best
 
 
 def table_rows(metrics: Mapping[str, Any], lms: Sequence[str]) -> list[tuple[str, ...]]:

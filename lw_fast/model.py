@@ -112,7 +112,18 @@ def load_model(
         model.bridge.load_state_dict(join_state(saved.encoder, saved.adapters))
     except RuntimeError as error:
         raise UserError(f"{path} does not fit these settings: {error}") from None
+    if config.adapter.calibration == "train_stats":
+        model.bridge.train_rms = _train_rms(saved, lms=list(model.lms))
     return model
+
+
+def _train_rms(saved: checkpoint.Checkpoint, lms: Sequence[str]) -> dict[str, float]:
+    """Mean RMS of the calibrated prefix in training, per LM."""
+    if saved.stats is None or not set(lms) <= saved.stats.keys():
+        raise UserError(
+            f"calibration=train_stats: {saved.path} has no training_stats.json for {', '.join(lms)}"
+        )
+    return {name: saved.stats[name]["rms_mean_cal"] for name in lms}
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict, dict[str, dict]]:

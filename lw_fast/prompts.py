@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from lw_fast.bridge import LatentBridge
+from lw_fast.chat import chat_ids
+from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.sequence import Frame
+from lw_fast.sequence import Frame, chat_frame, latent_frame, text_frame
 
 KINDS = ("text", "latent", "token_budget", "span_text", "no_context", "shuffled")
 LATENT_KINDS = ("latent", "shuffled")
@@ -28,6 +30,16 @@ LATENT_KINDS = ("latent", "shuffled")
 def text_prompt(context: str, question: str) -> str:
     """The text that an LM reads in place of the latents; the anchor follows."""
     return f"Context: {context}\nQuestion: {question}\n"
+
+
+def decode_frame(kind: str, tokenizer, config: Config) -> Frame:
+    """What stands around a prompt of one kind at decode time."""
+    if kind in LATENT_KINDS:
+        return latent_frame(tokenizer, config.sequence, config.eval)
+    cut_chat = kind == "token_budget" and config.eval.token_budget_mode == "chat_full"
+    if config.eval.text_format == "chat" or cut_chat:
+        return chat_frame(tokenizer)
+    return text_frame(tokenizer, config.sequence)
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,10 @@ def make_prompts(
     *,
     gain: float,
     token_budget_k: int,
+    token_budget_mode: str = "content_only",
 ) -> Prompts:
-    """The prompts of `examples` for one LM; `latents` belong to the same examples."""
+    """The prompts of `examples` for one LM, in the chat template where the frame is a chat's;
+    `latents` belong to the same examples."""
     if kind in LATENT_KINDS:
         return _latent_prompts(kind, lm, frame, latents, bridge, gain)
     texts = {
@@ -71,9 +85,8 @@ def make_prompts(
         ],
         "no_context": lambda: [f"Question: {e.question}\n" for e in examples],
     }[kind]()
-    ids = lm.tokenizer(texts, add_special_tokens=False).input_ids
-    if kind == "token_budget":
-        ids = [tokens[:token_budget_k] for tokens in ids]
+    budget = token_budget_k if kind == "token_budget" else None
+    ids = _text_ids(lm.tokenizer, texts, frame.chat, budget, token_budget_mode)
     framed = [[*frame.head, *tokens, *frame.anchor] for tokens in ids]
     return Prompts(
         lengths=[len(tokens) for tokens in framed],
@@ -81,6 +94,20 @@ def make_prompts(
             lm.embed(torch.tensor(framed[i], dtype=torch.int64, device=lm.device)) for i in index
         ],
     )
+
+
+def _text_ids(
+    tokenizer, texts: Sequence[str], chat: bool, budget: int | None, budget_mode: str
+) -> list[list[int]]:
+    """Token ids of each text prompt, cut to `budget` tokens of the text or of the whole chat."""
+    cut_content = budget is not None and budget_mode == "content_only"
+    if not chat or cut_content:
+        ids = [tokens[:budget] for tokens in tokenizer(texts, add_special_tokens=False).input_ids]
+        if not chat:
+            return ids
+        texts = tokenizer.batch_decode(ids)
+    contents = list(texts) if cut_content else [f"{text}Answer: " for text in texts]
+    return [tokens[: None if cut_content else budget] for tokens in chat_ids(tokenizer, contents)]
 
 
 def _latent_prompts(

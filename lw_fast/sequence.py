@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lw_fast.config import SequenceConfig
+from lw_fast.chat import assistant_header
+from lw_fast.config import EvalConfig, SequenceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class Frame:
     """Tokens between prefix and answer."""
     eos: int
     """The target that ends an answer."""
+    anchor_text: str = ""
+    """What answers are tokenised behind."""
+    chat: bool = False
+    """The prompt ends in a chat header: the answer follows without a space."""
 
 
 @dataclass(frozen=True)
@@ -72,42 +77,73 @@ def anchor_ids(tokenizer, text: str, append_bos: str) -> tuple[int, ...]:
     """
     text = text.rstrip()
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else ()
-    if append_bos == "no" or (append_bos == "auto" and text):
+    return _append_bos(tokenizer, ids, append_bos)
+
+
+def _append_bos(tokenizer, ids: tuple[int, ...], policy: str) -> tuple[int, ...]:
+    if policy == "no" or (policy == "auto" and ids):
         return ids
     if tokenizer.bos_token_id is None:
-        logger.warning(
-            "train_append_bos_after_prefix=%s has no effect: this tokenizer has no BOS", append_bos
-        )
+        logger.warning("BOS after the prefix (%s) has no effect: this tokenizer has none", policy)
         return ids
     return (*ids, tokenizer.bos_token_id)
 
 
 def make_frame(tokenizer, config: SequenceConfig) -> Frame:
-    """The frame of one LM, the same in training and at decode time."""
+    """The frame of one LM in training."""
+    text = config.warm_anchor_text
     return Frame(
         head=head_ids(tokenizer),
-        anchor=anchor_ids(tokenizer, config.warm_anchor_text, config.train_append_bos_after_prefix),
+        anchor=anchor_ids(tokenizer, text, config.train_append_bos_after_prefix),
         eos=tokenizer.eos_token_id,
+        anchor_text=text,
     )
 
 
+def latent_frame(tokenizer, training: SequenceConfig, decoding: EvalConfig) -> Frame:
+    """What stands around the latents at decode time: as in training unless told otherwise."""
+    trained, mode = training.warm_anchor_text, decoding.latent_anchor_mode
+    text = {"auto": trained, "text": decoding.latent_anchor_text or trained}.get(mode, "")
+    policy = decoding.append_bos_after_prefix
+    policy = training.train_append_bos_after_prefix if policy == "train" else policy
+    if mode == "chat":
+        anchor = _append_bos(tokenizer, assistant_header(tokenizer), policy)
+    else:
+        anchor = anchor_ids(tokenizer, text, policy)
+    return Frame(head_ids(tokenizer), anchor, tokenizer.eos_token_id, text, chat=mode == "chat")
+
+
+def text_frame(tokenizer, training: SequenceConfig) -> Frame:
+    """What stands around a plain text prompt: the anchor of training, never a second BOS."""
+    text = training.warm_anchor_text
+    anchor = anchor_ids(tokenizer, text, "no")
+    return Frame(head_ids(tokenizer), anchor, tokenizer.eos_token_id, text)
+
+
+def chat_frame(tokenizer) -> Frame:
+    """Nothing: a chat template brings its own BOS and header."""
+    return Frame((), (), tokenizer.eos_token_id, chat=True)
+
+
 def tokenize_answers(
-    tokenizer, anchor_text: str, answers: Sequence[str], max_tokens: int
+    tokenizer, anchor_text: str, answers: Sequence[str], max_tokens: int, *, chat: bool = False
 ) -> tuple[list[list[int]], np.ndarray]:
-    """Answers as they are tokenised right behind the anchor.
+    """Answers as they are tokenised right behind the anchor, or (`chat`) behind a chat header,
+    where no space stands before them.
 
     Returns the token ids of each answer, at most `max_tokens`, and a bool array [N] that is False
     where the answer was cut: a cut answer does not end, so its EOS is not supervised.
     """
     anchor_text = anchor_text.rstrip()
     anchor = tokenizer(anchor_text, add_special_tokens=False).input_ids if anchor_text else []
+    space = "" if chat else " "
     joint = tokenizer(
-        [f"{anchor_text} {answer}" for answer in answers], add_special_tokens=False
+        [f"{anchor_text}{space}{answer}" for answer in answers], add_special_tokens=False
     ).input_ids
     ids = []
     for answer, tokens in zip(answers, joint, strict=True):
         if tokens[: len(anchor)] != anchor:  # the tokenizer merged across the border
-            tokens = anchor + tokenizer(f" {answer}", add_special_tokens=False).input_ids
+            tokens = anchor + tokenizer(f"{space}{answer}", add_special_tokens=False).input_ids
         ids.append(tokens[len(anchor) :])
     complete = np.array([len(tokens) <= max_tokens for tokens in ids], dtype=bool)
     return [tokens[:max_tokens] for tokens in ids], complete

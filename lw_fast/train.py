@@ -157,6 +157,10 @@ def setup_run(config: Config, world: World, run_dir: Path, ds_config: dict[str, 
     if batch_size % world.size:
         raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
     asked_for(config)  # not only after hours of training
+    if config.adapter.calibration == "train_stats":
+        raise UserError(
+            "calibration=train_stats is for evaluation: training makes those statistics"
+        )
     examples, note = training_examples(config)
     eval_examples = evaluation_examples(config)
     if len(examples) < batch_size:
@@ -398,12 +402,15 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
         model = run.model
         bridge = build_bridge(run.config, model.lms, model.reader, model.device)
         bridge.load_state_dict(state)
-        progress.note(f"evaluating {len(run.eval_examples)} questions")
+        last = run.global_step >= run.total_steps
+        questions = run.eval_examples[: None if last else run.config.run.smoke_samples or None]
+        progress.note(f"evaluating {len(questions)} questions")
         with _interruptible():
-            metrics = evaluate(
-                dataclasses.replace(model, bridge=bridge), run.eval_examples, _eval_dir(run)
-            )
+            metrics = evaluate(dataclasses.replace(model, bridge=bridge), questions, _eval_dir(run))
         progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
+        for name, peek in metrics.get("debug", {}).items():
+            answers = [row["answer"] for row in peek["first_generations"]]
+            progress.note(f"{name} answers: {' | '.join(map(repr, answers))}")
     run.world.barrier(patient=True)
     return metrics
 

@@ -57,7 +57,10 @@ def test_metrics_of_every_kind_and_protocol(both):
             for scores in table[kind].values():
                 assert scores.keys() == KIND_KEYS
                 assert all(math.isfinite(value) for value in scores.values())
-        assert table["joint"].keys() == {"em", "f1", "agreement", "oracle_f1"}
+        golds = {"em", "f1", "em_single", "f1_single"}
+        assert table["joint"].keys() == golds | {"agreement", "oracle_f1"}
+        assert table["oracle"].keys() == golds
+        assert table["oracle"]["f1"] == table["joint"]["oracle_f1"]
 
 
 def test_metrics_about_the_run(both):
@@ -69,7 +72,7 @@ def test_metrics_about_the_run(both):
         tokens = metrics["avg_prompt_tokens"][name]
         assert metrics["compression"][name] == pytest.approx(tokens / 6)
         prefix = metrics["diagnostics"]["prefix"][name]
-        assert prefix.keys() == {"prefix_std", "embed_rms", "adapter_scale"}
+        assert prefix.keys() == {"prefix_std", "embed_rms", "adapter_scale", "raw_rms"}
         assert prefix["prefix_std"] == pytest.approx(prefix["embed_rms"], rel=0.1)
         # latents, BOS and anchor
         assert metrics["latent"][name]["prompt_tokens"] < metrics["text"][name]["prompt_tokens"]
@@ -236,7 +239,9 @@ def test_the_seed_protocol_bans_stop_tokens(tmp_path, monkeypatch):
     seen = []
     greedy = module.greedy
     monkeypatch.setattr(
-        module, "greedy", lambda lm, p, rules: seen.append(rules) or greedy(lm, p, rules)
+        module,
+        "greedy",
+        lambda lm, p, rules, *rest: seen.append(rules) or greedy(lm, p, rules, *rest),
     )
     run(tmp_path, kinds="latent", protocol="clean,seed", min_new_tokens=3, eos_ban_steps=5)
     assert {(r.max_new_tokens, r.ban_stop_steps) for r in seen} == {(3, 0), (3, 5)}

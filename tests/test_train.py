@@ -107,7 +107,7 @@ def test_run_folder(finished):
             "training_stats.json", "manifest.json",
         }  # fmt: skip
         names = {path.name for path in (folder / f"eval_{epoch}").iterdir()}
-        assert names == {"metrics.json", "predictions.jsonl"}
+        assert names == {"metrics.json", "metrics.csv", "predictions.jsonl"}
 
 
 def test_log_rows(finished):
@@ -490,3 +490,17 @@ def test_frozen_settings_reach_the_run(finished):
     assert values == json.loads((folder / "epoch2" / "config.json").read_text())
     assert (values["epochs"], values["samples"], values["eval_every"]) == (2, 32, 1)
     assert dataclasses.is_dataclass(tiny.config(**values))
+
+
+# ------------------------------------------------------------------------------- knobs
+
+
+def test_smoke_samples_shorten_all_evaluations_but_the_last(tmp_path, settings):
+    metrics = run(tmp_path / "run", settings, eval_every=1, smoke_samples=2)
+    first = json.loads((tmp_path / "run" / "eval_epoch1" / "metrics.json").read_text())
+    assert (first["samples"], metrics["samples"]) == (2, 6)
+
+
+def test_train_stats_cannot_be_trained_with(tmp_path, settings):
+    with pytest.raises(UserError, match="train_stats is for evaluation"):
+        run(tmp_path / "run", settings, calibration="train_stats")

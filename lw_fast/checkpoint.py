@@ -103,7 +103,7 @@ def save(
         partial.mkdir()
         _write_folder(partial, files, int(progress["global_step"]))
         path = _publish(partial, run_dir / name)
-        _write_text(run_dir / "latest", name + "\n")
+        write_text(run_dir / "latest", name + "\n")
         _prune(run_dir, keep_last, spare)
     except OSError as error:
         raise UserError(
@@ -174,7 +174,7 @@ def _publish(partial: Path, path: Path) -> Path:
     return path
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replaces a small file atomically."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
     try:
@@ -183,6 +183,14 @@ def _write_text(path: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def tidy(run_dir: str | Path) -> None:
+    """Finishes what a killed process left half done; only for the holder of the lock."""
+    run_dir = Path(run_dir)
+    _remove_leftovers(run_dir)
+    for path in _newest_first(run_dir)[:1]:
+        write_text(run_dir / "latest", path.name + "\n")
 
 
 def _remove_leftovers(run_dir: Path) -> None:

@@ -164,6 +164,10 @@ def train_parser() -> Parser:
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train"
     )
+    parser.add_argument(
+        "--timeout_seconds", type=float, default=600.0, metavar="X",
+        help="give up on another process that is silent for this long (default: 600)",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     add_settings(parser)
     return parser
@@ -179,24 +183,31 @@ def train_main(argv: Sequence[str]) -> None:
     if flags["resume"] and flags["init_from"] is not None:
         raise UserError("--resume and --init_from contradict each other")
     config = _train_config(flags, overrides, lms)
-    from lw_fast.engine import close_world, init_world, load_ds_config
+    from lw_fast.engine import close_world, init_world, load_ds_config, watch_peers
     from lw_fast.train import Interrupted, train
 
-    world = init_world(use_deepspeed=flags["ds_config"] is not None, device=flags["device"])
+    if not flags["timeout_seconds"] > 0:
+        raise UserError(f"timeout_seconds must be greater than 0, got {flags['timeout_seconds']}")
+    world = init_world(
+        use_deepspeed=flags["ds_config"] is not None,
+        device=flags["device"],
+        timeout_seconds=flags["timeout_seconds"],
+    )
     try:
         ds_config = (
             load_ds_config(find_ds_config(flags["ds_config"])) if flags["ds_config"] else None
         )
         run_dir = flags["run_dir"] or _default_run_dir(flags["preset"] or DEFAULT_PRESET, world)
-        train(
-            config,
-            world,
-            run_dir,
-            ds_config=ds_config,
-            resume=flags["resume"],
-            overwrite=flags["overwrite"],
-            init_from=flags["init_from"],
-        )
+        with watch_peers(world):
+            train(
+                config,
+                world,
+                run_dir,
+                ds_config=ds_config,
+                resume=flags["resume"],
+                overwrite=flags["overwrite"],
+                init_from=flags["init_from"],
+            )
         if world.is_main:
             print(f"run folder: {run_dir}")
     except Interrupted as stop:

@@ -133,6 +133,30 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def watch_peers(world: World) -> Iterator[None]:
+    """Inside, a collective that fails because another process is gone is a UserError.
+
+    Raises:
+        UserError: A peer died, or was silent for longer than the time-out of `init_world`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not _is_lost_peer(error):
+            raise
+        raise UserError(
+            "lost contact with another process: it died, or hung for longer than "
+            f"--timeout_seconds; what it printed says why (rank {world.rank} of {world.size} saw: "
+            f"{str(error).splitlines()[0]}); --resume continues from the newest checkpoint"
+        ) from error
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """NCCL and the rendezvous have exceptions of their own; gloo only says who it is."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def _env_int(name: str, default: int) -> int:
     value = os.environ.get(name, default)
     try:

@@ -43,7 +43,8 @@ def prepare(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> 
         raise UserError("--resume and --overwrite contradict each other")
     if resume:
         _check_same(read_config(run_dir), config)
-    elif run_dir.exists() and (names := {path.name for path in run_dir.iterdir()} - {".lock"}):
+        checkpoint.tidy(run_dir)
+    elif run_dir.exists() and (names := _names(run_dir)):
         if not _is_run(run_dir):
             raise UserError(f"{run_dir} holds something else than a run; choose another --run_dir")
         # A start that failed (a mistyped model, say) left nothing worth keeping.
@@ -51,9 +52,15 @@ def prepare(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> 
             raise UserError(f"{run_dir} already holds a run: pass --resume or --overwrite")
         _clear(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(to_dict(config), indent=2)
-    (run_dir / CONFIG).write_text(text + "\n", encoding="utf-8")
-    (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=2) + "\n")
+    # A process killed in the middle of it must leave the settings that resuming reads.
+    checkpoint.write_text(run_dir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+    checkpoint.write_text(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+
+
+def _names(run_dir: Path) -> set[str]:
+    """What is in a folder besides what a start that was killed may have left."""
+    names = {path.name for path in run_dir.iterdir()}
+    return {name for name in names if not name.startswith((".lock", ".partial-"))}
 
 
 def _is_run(folder: Path) -> bool:
@@ -100,7 +107,7 @@ def drop_rows_after(run_dir: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(json.dumps(row))
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    checkpoint.write_text(path, "".join(line + "\n" for line in kept))
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -102,6 +102,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "learning rate nan": ("train", "--lr nan", "lr must not be negative, got nan"),
     "beta of 1": ("train", "--beta2 1", "beta2 must be at least 0 and below 1"),
     "unknown kind of prompt": ("train", "--kinds txt --run_dir {here}/new", "kinds must name some"),
+    "timeout of 0": ("train", "--timeout_seconds 0", "timeout_seconds must be greater than 0"),
     "no GPU": ("train", "--device cuda --run_dir {here}/new", "finds 0 GPUs"),
     # models
     "lm without source": ("train", "--lm.llama", "--lm.llama needs a name and a source"),

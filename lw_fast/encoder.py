@@ -97,7 +97,8 @@ class LMEncoder(nn.Module):
             Block(dim, enc.encoder_heads, enc.encoder_dropout) for _ in range(enc.encoder_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        self.span = nn.Linear(dim, 2) if enc.span_head else None
+        # No bias: the softmax over units would cancel it.
+        self.span = nn.Linear(dim, 2, bias=False) if enc.span_head else None
         self.head = LatentHead(
             dim=dim,
             heads=enc.encoder_heads,
@@ -163,7 +164,10 @@ class ByteEncoder(nn.Module):
         self.up = nn.Linear(dim, local) if enc.span_head else None
         self.span = (
             nn.Sequential(
-                nn.LayerNorm(local), nn.Linear(local, local), nn.GELU(), nn.Linear(local, 2)
+                nn.LayerNorm(local),
+                nn.Linear(local, local),
+                nn.GELU(),
+                nn.Linear(local, 2, bias=False),
             )
             if enc.span_head
             else None

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lw_fast.errors import UserError
 
-KINDS = ("text", "text_tuned", "latent", "token_budget", "span_text", "no_context", "shuffled")
-"""Prompt kinds in the order in which tables show them."""
+_KNOWN = ("text", "text_tuned", "latent", "token_budget", "span_text", "no_context", "shuffled")
+"""Prompt kinds in the order in which tables show them; unknown ones follow."""
 
 _EVAL = re.compile(r"eval_epoch(\d+)")
 
@@ -124,6 +124,20 @@ def lookup(table: Mapping[str, Any] | None, *keys: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Prompt kinds, each once, in the order in which tables show them."""
+    found = dict.fromkeys(kinds)
+    return [k for k in _KNOWN if k in found] + [k for k in found if k not in _KNOWN]
+
+
+def kinds_of(metrics: Mapping[str, Any] | None, lms: Sequence[str]) -> list[str]:
+    """The prompt kinds that an evaluation holds: tables of an F1 per LM."""
+    kinds = [
+        k for k in metrics or {} if any(lookup(metrics, k, lm, "f1") is not None for lm in lms)
+    ]
+    return in_order(kinds)
 
 
 def mean_over_lms(row: Mapping[str, Any], lms: Sequence[str], name: str) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lw_fast.config import from_dict
 from lw_fast.errors import UserError
-from lw_fast.run_results import KINDS, RunResults, lookup, read_object, read_run
+from lw_fast.run_results import RunResults, kinds_of, lookup, read_object, read_run
 from lw_fast.sweep_points import Point, base_of, join, to_toml
 
 FORMAT = 1
@@ -173,7 +173,7 @@ def result_row(run: RunResults | None) -> dict[str, float | None]:
         return {}
     metrics, last = run.metrics, (run.rows[-1] if run.rows else None)
     row: dict[str, float | None] = {"share": run.share}
-    for kind in KINDS:
+    for kind in kinds_of(metrics, run.lms):
         for lm in run.lms:
             for name in ("f1", "em", "nll_token", "first_token_top1"):
                 row[f"{kind}/{lm}/{name}"] = lookup(metrics, kind, lm, name)

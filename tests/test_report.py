@@ -110,6 +110,18 @@ def test_accuracy_rows_hold_only_what_was_run(runs):
     assert rows[1][2][:2] == [0.8, 0.4]
 
 
+def test_kinds_that_nobody_told_us_of_are_shown(tmp_path):
+    folder = report_runs.write_run(tmp_path / "new")
+    path = folder / "eval_epoch2" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics |= {"telepathy": metrics["text"], "seed": {"latent": metrics["latent"]}}
+    path.write_text(json.dumps(metrics))
+    rows = accuracy_rows(collect([folder]).entries[0])
+    assert [kind for lm, kind, _ in rows if lm == "qwen"] == [
+        "text", "latent", "telepathy", "latent (seed)"
+    ]  # fmt: skip
+
+
 def test_numbers_that_are_not_finite_become_gaps(runs):
     xs, ys = curve(collect([runs["bad"]]).entries[0], "loss")
     assert len(xs) == 8 and math.isnan(ys[2]) and ys[3] == 1.0

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lw_fast.errors import UserError
-from lw_fast.run_results import KINDS, RunResults, lookup, read_object, read_run
+from lw_fast.run_results import (
+    RunResults,
+    in_order,
+    kinds_of,
+    lookup,
+    read_object,
+    read_run,
+)
 from lw_fast.scoring import exact_match
 from lw_fast.sweep_folder import STATE, is_sweep, read_sweep
 
@@ -168,10 +175,9 @@ def accuracy_rows(entry: Entry) -> list[tuple[str, str, list[float | None]]]:
     metrics, rows = entry.run.metrics or {}, []
     for lm in entry.run.lms:
         for protocol, table in (("", metrics), (" (seed)", metrics.get("seed") or {})):
-            for kind in KINDS:
-                if isinstance(table.get(kind), Mapping) and lm in table[kind]:
-                    values = [lookup(table, kind, lm, name) for name in ACCURACY]
-                    rows.append((lm, kind + protocol, values))
+            for kind in kinds_of(table, [lm]):
+                values = [lookup(table, kind, lm, name) for name in ACCURACY]
+                rows.append((lm, kind + protocol, values))
     return rows
 
 
@@ -302,9 +308,11 @@ def predictions(entry: Entry, limit: int) -> list[dict[str, Any]]:
 
 
 def _answers(row: Mapping[str, Any], lm: str, golds: Sequence[str]) -> dict[str, list[Any]]:
-    found = {kind: row.get(f"{kind}_pred_{lm}") for kind in KINDS}
+    end = f"_pred_{lm}"
+    kinds = in_order(key.removesuffix(end) for key in row if key.endswith(end))
+    answers = {kind: row[kind + end] for kind in kinds}
     return {
         kind: [text, exact_match(text, golds) == 1.0]
-        for kind, text in found.items()
+        for kind, text in answers.items()
         if isinstance(text, str)
     }

@@ -1,6 +1,7 @@
 """Speed and memory of the kernels, with their rivals in the same run.
 
-    python benchmarks/kernels.py [--out_dir benchmarks/results] [--quick] [--max_seconds 140]
+    python benchmarks/kernels.py [--out_dir benchmarks/results] [--quick] [--max_seconds 180]
+    python benchmarks/kernels.py --from_csv FILE --out_dir DIR     (table and plot of stored rows)
 
 Writes kernels.csv (see rows.py), kernels.md (the table) and kernels.png. Needs one GPU; on a CPU it
 runs tiny shapes through Triton's interpreter, which proves that it works and measures nothing.
@@ -19,7 +20,9 @@ What rivals compute: only the loss. Ours returns log-sum-exp and top-1/top-5 fla
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import itertools
 import json
 import os
 import sys
@@ -49,7 +52,7 @@ from lw_kernels import (
     prefix_concat_ref,
 )
 
-from benchmarks.rows import case_words, device_name, measured, write_rows
+from benchmarks.rows import case_words, device_name, environment, measured, read_rows, write_rows
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16
@@ -320,12 +323,10 @@ def all_cases(quick: bool) -> Iterator[Callable[[], Case]]:
         return
     yield lambda: linear_case(2048, 128256, 4096)
     yield lambda: linear_case(16384, 128256, 4096)
-    yield lambda: prefix_case(256, 4096, "per_example")
-    yield lambda: prefix_case(64, 4096, "per_slot")
-    yield lambda: prefix_case(512, 4096, "per_slot")
-    yield lambda: prefix_case(256, 3584, "per_slot")
-    yield lambda: prefix_case(512, 3584, "per_example")
-    yield lambda: prefix_case(64, 3584, "per_example")
+    for mode in ("per_example", "per_slot"):
+        for batch, dim in itertools.product((256, 512, 64), (4096, 3584)):
+            if (batch, dim, mode) != (256, 4096, "per_slot"):
+                yield functools.partial(prefix_case, batch, dim, mode)
     yield lambda: prefix_case(256, 4096, "per_slot", packed=True)
     yield lambda: linear_case(320, 152064, 3584)
     yield lambda: cross_entropy_case(320, 152064, backward=True)
@@ -384,11 +385,13 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line per contender."""
+    env = environment() | rows[0]
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
         cells.setdefault(row["case"], {})[row["metric"]] = row["value"]
     lines = [
-        f"Measured on {device_name()}, torch {torch.__version__}; medians of device time.", "",
+        f"Measured on {env['device']}, torch {env['torch']}, triton {env['triton']}; "
+        "medians of device time.", "",
         "| case | impl | time | x ours | host | peak extra | of copy bandwidth | rel. error |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -418,32 +421,41 @@ def plot(rows: list[dict], path: Path) -> None:
         if row["metric"] == "seconds" and " impl=" in row["case"]:
             case, impl = row["case"].rsplit(" impl=", 1)
             groups.setdefault(case, {})[impl] = row["value"]
-    groups = {case: times for case, times in groups.items() if "ours" in times}
+    groups = {c: times for c, times in groups.items() if "ours" in times and len(times) > 1}
     impls = list(dict.fromkeys(impl for times in groups.values() for impl in times))
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.9 * max(len(groups), 1)))
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * max(len(groups), 1)))
     height = 0.8 / max(len(impls), 1)
     for place, impl in enumerate(impls):
         shown = [(i, times) for i, times in enumerate(groups.values()) if impl in times]
         axes.barh([i + place * height for i, _ in shown],
                   [times[impl] / times["ours"] for _, times in shown], height, label=impl)
-    names = [" ".join(w.split("=")[1] for w in case.split()) for case in groups]
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], names, fontsize=7)
-    axes.invert_yaxis()
+    # The pass, layout and dtype hardly differ; values speak for themselves but for the op.
+    dull = ("pass=fwd_bwd", "layout=padded", "dtype=bf16", "op=")
+    names = [case.split()[0].removeprefix("op=") + "  " + " ".join(
+        word for word in case.split() if not word.startswith(dull)) for case in groups]
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], names, fontsize=6)
+    axes.set_ylim(len(groups), -0.3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("device time / ours (right of the line: slower than ours)")
-    axes.set_title(device_name())
-    axes.legend(fontsize=7)
+    device = (environment() | rows[0])["device"]
+    axes.set_xlabel(f"device time / ours on {device} (right of the line: slower)", fontsize=8)
+    axes.legend(fontsize=7, ncols=7, loc="lower center", bbox_to_anchor=(0.4, 1), frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--quick", action="store_true", help="the four main cases only")
-    parser.add_argument("--max_seconds", type=float, default=140, help="start nothing after this")
+    parser.add_argument("--max_seconds", type=float, default=180, help="start nothing after this")
+    parser.add_argument("--from_csv", type=Path, help="measure nothing, show these rows")
     args = parser.parse_args()
+    if args.from_csv:
+        rows = read_rows(args.from_csv)
+        print(table(rows))
+        plot(rows, args.out_dir / "kernels.png")
+        return
     begin = time.monotonic()
     deadline = begin + args.max_seconds
     torch.manual_seed(0)

@@ -142,7 +142,7 @@ def forward(
     if num_rows == 0:
         return
     # Two passes want few rows in flight, so that they stay in L2; one pass wants many.
-    widest, num_warps = (8192, 32) if write_grad else (2048, 4)
+    widest, num_warps = (16384, 32) if write_grad else (2048, 4)
     block_v = min(triton.next_power_of_2(num_vocab), widest)
     with on_device_of(logits_NV):
         _rows_kernel[(num_rows,)](

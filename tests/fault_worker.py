@@ -78,12 +78,15 @@ def start(argv: list[str], output: Path, env: dict[str, str] | None = None, **fa
     return Worker(process, output)
 
 
-def start_ranks(argv: list[str], folder: Path, faults: dict[int, dict], size: int = 2) -> list:
-    """One process per rank, as srun would start them: nobody watches over them."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return str(probe.getsockname()[1])
+
+
+def start_ranks(argv: list[str], folder: Path, faults: dict[int, dict], size: int = 2) -> list:
+    """One process per rank, as srun would start them: nobody watches over them."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         start(
             argv,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lw_fast.cli import Parser, add_settings, split_lm_flags
 from lw_fast.config import FIELDS
@@ -116,8 +116,8 @@ def questions(ask: Ask, example: Callable[[], tuple[str, str]]) -> Iterator[tupl
     previous = ""
     while (context := ask("context")) is not None and context not in QUIT:
         if context == EXAMPLE:
-            previous, question = example()
-            yield previous, question
+            previous, asked = example()
+            yield previous, asked
             continue
         if not (context or previous):
             continue
@@ -177,11 +177,11 @@ class Answer:
 def answer(lp: LatentPrompt, context: str, question: str) -> Answer:
     """Asks every LM twice: with the text, and with the latents."""
     pairs = [(context, question)]
-    z, encode_seconds = _timed(lambda: lp.encode(pairs))
+    z, encode_seconds = _timed(lp.encode, pairs)
     per_lm = []
     for name in lp.lms:
-        (text,), text_seconds = _timed(lambda name=name: lp.generate_from_text(name, pairs))
-        (latent,), latent_seconds = _timed(lambda name=name: lp.generate(name, z))
+        (text,), text_seconds = _timed(lp.generate_from_text, name, pairs)
+        (latent,), latent_seconds = _timed(lp.generate, name, z)
         per_lm.append(
             LMAnswer(
                 lm=name,
@@ -203,9 +203,9 @@ def answer(lp: LatentPrompt, context: str, question: str) -> Answer:
     )
 
 
-def _timed(work: Callable[[], list | object]) -> tuple:
+def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     started = time.perf_counter()
-    result = work()  # ends in strings or CPU tensors, so it has waited for the device
+    result = work(*args)  # ends in strings or CPU tensors, so it has waited for the device
     return result, time.perf_counter() - started
 
 

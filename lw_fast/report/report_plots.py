@@ -34,7 +34,7 @@ MAX_POINTS = 400
 """Of one line; longer ones are thinned out."""
 COLLAPSE_ALARM = 0.95
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10, "axes.grid": True,
     "grid.alpha": 0.25, "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
@@ -57,7 +57,7 @@ def plots(report: Report) -> list[Plot]:
     """All figures for which there are numbers."""
     import matplotlib
 
-    drawn = []
+    drawn: list[Plot] = []
     for section, title, draw in _figures(report):
         name = f"{len(drawn):02}-" + "".join(c if c.isalnum() else "-" for c in title.lower())
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -144,7 +144,7 @@ def _plot(axes: Axes, entry: Entry, xs: Sequence[float], ys: Sequence[float], **
     if not any(math.isfinite(y) for y in ys):
         return False
     xs, ys = _thin(xs, ys)
-    marker = {"marker": "o", "markersize": 4} if len(xs) < 3 else {}
+    marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(xs) < 3 else {}
     axes.plot(xs, ys, color=entry.colour, linewidth=1.5, **(marker | style))
     return True
 

@@ -7,6 +7,7 @@ the host as numpy too, so that cutting a batch never waits for the device.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from lw_fast.encoder import SourceBatch
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.sequence import Frame, make_frame, pair_targets, tokenize_answers
 from lw_fast.source import Sources
+
+logger = logging.getLogger(__name__)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -58,10 +61,19 @@ class AnswerTable:
 
     def __init__(self, lm: FrozenLM, answers: Sequence[str], config: Config) -> None:
         self.frame: Frame = make_frame(lm.tokenizer, config.sequence)
+        longest, first_k = config.data.max_answer_tokens, config.loss.supervise_first_k
         ids, self.complete_N = tokenize_answers(
-            lm.tokenizer, config.sequence.warm_anchor_text, answers, config.data.max_answer_tokens
+            lm.tokenizer,
+            config.sequence.warm_anchor_text,
+            answers,
+            min(longest, first_k) if first_k else longest,
         )
         self.length_N = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        if first_k > self.length_N.max(initial=0):
+            logger.warning(
+                "supervise_first_k=%d has no effect: %s needs at most %d tokens for an answer",
+                first_k, lm.name, self.length_N.max(initial=0),
+            )  # fmt: skip
         self.ids_NL = np.zeros((len(ids), max(self.length_N.max(initial=1), 1)), dtype=np.int64)
         for row, tokens in zip(self.ids_NL, ids, strict=True):
             row[: len(tokens)] = tokens

@@ -124,6 +124,19 @@ class LossConfig:
     """What is minimised; the span loss belongs to the encoder's settings."""
 
     first_token_ce_weight: float = setting(0.0, "extra weight of the first answer token's CE")
+    first_token_ce_schedule: str = setting(
+        "constant",
+        "that weight over the run: constant, or falling to 0 along a line",
+        choices=("constant", "linear"),
+    )
+    supervise_first_k: int = setting(
+        0, "train on the first K answer tokens only; 0: all of them, and EOS"
+    )
+    lms_per_step: str = setting(
+        "all",
+        "every step trains through all LMs, or through one that is drawn (seeded)",
+        choices=("all", "one"),
+    )
     scale_l2: float = setting(0.0, "pull of adapter.scale towards 1")
     adapter_rms_l2: float = setting(0.0, "pull of the raw prefix RMS towards the LM's")
     align_weight: float = setting(
@@ -172,6 +185,9 @@ class BackboneConfig:
         "auto",
         "auto: flash_attention_2 where installed on a GPU, else sdpa",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    grad_ckpt: bool = setting(
+        False, "recompute the LMs' layers in the backward pass: less memory, a third more time"
     )
     kernels: str = setting(
         "auto",
@@ -302,7 +318,7 @@ _NOT_NEGATIVE = (
     "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight align_weight scale_l2 "
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
     "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last "
-    "smoke_samples first_token_temperature debug_print_first debug_topk"
+    "smoke_samples supervise_first_k first_token_temperature debug_print_first debug_topk"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
 _NOT_LM_NAMES = ("loss", "span", "align", "counts")

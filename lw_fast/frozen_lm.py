@@ -12,7 +12,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -74,6 +75,8 @@ class FrozenLM:
     """Tokens that end a generated answer."""
     kernels: str = "auto"
     """Implementation of the fused operations: auto, torch or triton."""
+    grad_ckpt: bool = False
+    """Whether `hidden` recomputes the layers in the backward pass."""
 
     @property
     def d_model(self) -> int:
@@ -121,7 +124,35 @@ class FrozenLM:
 
     def hidden(self, embeds_BSD: Tensor) -> Tensor:
         """Right-padded input embeddings -> last hidden states [B, S, D], causal, no cache."""
-        return self.model.base_model(inputs_embeds=embeds_BSD, use_cache=False).last_hidden_state
+        with self._recomputing():
+            output = self.model.base_model(inputs_embeds=embeds_BSD, use_cache=False)
+        return output.last_hidden_state
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Inside, layers keep their inputs only, if asked for and if a gradient will flow.
+
+        transformers checkpoints a layer only where `layer.training` is set; what is within it
+        stays in evaluation mode. Outside it must be off again: it would drop the KV cache.
+        """
+        layers = self._layers if self.grad_ckpt and torch.is_grad_enabled() else ()
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    @cached_property
+    def _layers(self) -> list[nn.Module]:
+        """The layers that can be recomputed, set up for it."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.model.disable_input_require_grads()  # the prefix brings its own gradient
+        layers = [m for m in self.model.modules() if isinstance(m, _checkpointing_layer())]
+        if not layers:
+            raise UserError(f"lm.{self.name}: this model cannot recompute layers (grad_ckpt)")
+        return layers
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Rows of hidden states -> rows of logits [N, V]."""
@@ -166,6 +197,12 @@ class FrozenLM:
         return layers
 
 
+def _checkpointing_layer() -> type[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return GradientCheckpointingLayer
+
+
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     """bf16 on GPUs and fp32 on CPUs (where it is faster and exact), unless told otherwise."""
     if choice == "fp32" or (choice == "auto" and device.type != "cuda"):
@@ -199,7 +236,15 @@ def load_frozen_lm(
     model.eval()
     model.config.use_cache = False
     model.to(device) if "device_map" not in options else None
-    return FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer), config.kernels)
+    return FrozenLM(
+        name,
+        model,
+        tokenizer,
+        source,
+        _stop_ids(model, tokenizer),
+        config.kernels,
+        config.grad_ckpt,
+    )
 
 
 def load_tokenizer(name: str, source: str, trust_remote_code: bool = False) -> Any:

@@ -11,6 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lw_fast.config import LossConfig
+
+
+def first_token_weight(loss: LossConfig, step: int, total_steps: int) -> float:
+    """Extra weight of the first answer token at a step, counted from 0."""
+    if loss.first_token_ce_schedule == "constant":
+        return loss.first_token_ce_weight
+    return loss.first_token_ce_weight * (1.0 - step / total_steps)
+
 
 def span_loss_sum(span_logits_BU2: Tensor, span_B2: Tensor, mask_BU: Tensor) -> Tensor:
     """Sum over examples with a known span of (start CE + end CE) / 2.

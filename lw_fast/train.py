@@ -17,7 +17,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,8 @@ from lw_fast.data import Example
 from lw_fast.engine import Engine, World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.evaluate import asked_for, evaluate, table_rows
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.losses import first_token_weight
 from lw_fast.meters import LMCost, Meter, max_over_ranks, peak_memory
 from lw_fast.model import (
     LatentModel,
@@ -231,7 +233,10 @@ def train_step(run: Run) -> Tensor:
     config, step = run.config, run.global_step
     index = run.order.step(step)
     gold = gold_span_draws(config, step, run.total_steps, len(index))
-    answers = run.tables.answers
+    lms = lms_of_step(config, step, run.model.lms)
+    answers = {name: run.tables.answers[name] for name in lms}
+    weight = first_token_weight(config.loss, step, run.total_steps)
+    loss_config = dataclasses.replace(config.loss, first_token_ce_weight=weight)
     counts = StepCounts(
         examples=len(index),
         spans=run.tables.sources.num_spans(index),
@@ -246,8 +251,8 @@ def train_step(run: Run) -> Tensor:
         source = run.model.batch(run.tables.sources, index[part], gold[part])
         output = run.engine(source)
         loss, sums = step_loss(
-            output, source, batches, run.model.lms, run.model.bridge, counts,
-            config.loss, config.encoder.span_weight,
+            output, source, batches, lms, run.model.bridge, counts,
+            loss_config, config.encoder.span_weight,
         )  # fmt: skip
         run.engine.backward(loss, last=number == len(slices) - 1)
         _accumulate(run, sums, output.raw_rms)
@@ -259,8 +264,20 @@ def train_step(run: Run) -> Tensor:
         positions=positions,
         supervised_tokens=dict(counts.rows),
     )
-    _add(run.sums, "counts", torch.tensor([counts.examples, counts.spans, *counts.rows.values()]))
+    _add(run.sums, "counts", _counts(counts, list(run.model.lms)))
     return run.engine.step(lr_factor(step, run.total_steps, config.optim))
+
+
+def lms_of_step(config: Config, step: int, lms: Mapping[str, FrozenLM]) -> Mapping[str, FrozenLM]:
+    """The LMs that a step trains through: all, or a drawn one. The same on every rank."""
+    if config.loss.lms_per_step == "all":
+        return lms
+    name = np.random.default_rng((config.optim.seed, step, _LM_DRAWS)).choice(list(lms))
+    return {str(name): lms[str(name)]}
+
+
+_LM_DRAWS = 1
+"""Tells these draws from those of gold_span_draws."""
 
 
 def gold_span_draws(config: Config, step: int, total_steps: int, num: int) -> np.ndarray:
@@ -283,6 +300,13 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
+def _counts(counts: StepCounts, lms: Sequence[str]) -> Tensor:
+    """int64 [2 + 2 * LMs]: examples, spans, then supervised rows and examples of each LM."""
+    rows = [counts.rows.get(name, 0) for name in lms]
+    examples = [counts.examples * (name in counts.rows) for name in lms]
+    return torch.tensor([counts.examples, counts.spans, *rows, *examples])
+
+
 @torch.no_grad()
 def _accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tensor]) -> None:
     for name, value in sums.items():
@@ -293,7 +317,8 @@ def _accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tens
 
 def _log(run: Run, norm: Tensor) -> dict[str, Any]:
     """One row for log.jsonl and TensorBoard, from what was summed since the last one."""
-    examples, spans, *rows = run.sums.pop("counts").tolist()
+    examples, spans, *per_lm = run.sums.pop("counts").tolist()
+    num_lms = len(run.model.lms)
     sums = {name: run.world.all_reduce(value).tolist() for name, value in run.sums.items()}
     run.sums.clear()
     rates = run.meter.report()
@@ -306,12 +331,14 @@ def _log(run: Run, norm: Tensor) -> dict[str, Any]:
         "grad_norm": float(norm),
         "lr_factor": lr_factor(run.global_step - 1, run.total_steps, run.config.optim),
     }
-    for (name, _), num_rows in zip(run.model.lms.items(), rows, strict=True):
+    for name, rows, seen in zip(run.model.lms, per_lm[:num_lms], per_lm[num_lms:], strict=True):
+        if not seen:  # lms_per_step=one: not drawn since the last row
+            continue
         stats = dict(zip(STATS, sums[name], strict=True))
-        row[f"{name}/nll_token"] = stats["nll_sum"] / max(num_rows, 1)
-        row[f"{name}/first_nll"] = stats["first_nll_sum"] / examples
-        row[f"{name}/first_token_top1"] = stats["first_top1_sum"] / examples
-        row[f"{name}/first_token_top5"] = stats["first_top5_sum"] / examples
+        row[f"{name}/nll_token"] = stats["nll_sum"] / max(rows, 1)
+        row[f"{name}/first_nll"] = stats["first_nll_sum"] / seen
+        row[f"{name}/first_token_top1"] = stats["first_top1_sum"] / seen
+        row[f"{name}/first_token_top5"] = stats["first_top5_sum"] / seen
     if "align" in sums:
         row["align_loss"] = sums["align"] / examples
     if "span" in sums:

@@ -12,6 +12,7 @@ model.generate(inputs_embeds=lp.prefix("qwen", z), max_new_tokens=16)   # plain 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,14 +26,12 @@ from torch import Tensor
 
 from lw_fast.config import Config, config_hash
 from lw_fast.data import Example
-from lw_fast.decode import DecodeRules
 from lw_fast.errors import UserError
-from lw_fast.evaluate import encode, generate
+from lw_fast.evaluate import decode_rules, encode, generate
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel, load_model
-from lw_fast.prompts import Latents, Prompts, make_prompts
+from lw_fast.prompts import Latents, Prompts, decode_frame, make_prompts
 from lw_fast.run_folder import read_config, resolve_checkpoint
-from lw_fast.sequence import make_frame
 
 logger = logging.getLogger(__name__)
 
@@ -178,19 +177,19 @@ class LatentPrompt:
             return torch.stack(prompts.embeds(range(len(z))))
 
     def generate(self, lm_name: str, z: Latent, *, max_new_tokens: int | None = None) -> list[str]:
-        """Greedy answers of one LM to each latent prompt, cleaned as in the evaluation."""
-        return self._answers(lm_name, self._latent_prompts(lm_name, z), max_new_tokens)
+        """Answers of one LM to each latent prompt, decoded and cleaned as in the evaluation."""
+        return self._answers("latent", lm_name, self._latent_prompts(lm_name, z), max_new_tokens)
 
     def generate_from_text(
         self, lm_name: str, texts: Sequence[Text], *, max_new_tokens: int | None = None
     ) -> list[str]:
         """The same LM's answers to the full text, for comparison."""
-        return self._answers(lm_name, self._text_prompts(lm_name, texts), max_new_tokens)
+        return self._answers("text", lm_name, self._text_prompts(lm_name, texts), max_new_tokens)
 
     def text_tokens(self, lm_name: str, texts: Sequence[Text]) -> list[int]:
         """Tokens of each text that `latent_len` vectors replace in this LM's prompt: BOS and
         anchor, which stand around both, are not among them."""
-        frame = make_frame(self._lm(lm_name).tokenizer, self.model.config.sequence)
+        frame = decode_frame("text", self._lm(lm_name).tokenizer, self.model.config)
         around = len(frame.head) + len(frame.anchor)
         return [length - around for length in self._text_prompts(lm_name, texts).lengths]
 
@@ -224,21 +223,25 @@ class LatentPrompt:
         self, kind: str, lm: FrozenLM, examples: Sequence[Example], z_NMZ: Tensor
     ) -> Prompts:
         config = self.model.config
-        frame = make_frame(lm.tokenizer, config.sequence)
+        frame = decode_frame(kind, lm.tokenizer, config)
         return make_prompts(
             kind, lm, frame, examples, Latents(z_NMZ, None), self.model.bridge,
             gain=config.adapter.prefix_gain, token_budget_k=0,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _answers(self, lm_name: str, prompts: Prompts, max_new_tokens: int | None) -> list[str]:
-        config = self.model.config.eval
-        rules = DecodeRules(config.max_new_tokens if max_new_tokens is None else max_new_tokens)
+    def _answers(
+        self, kind: str, lm_name: str, prompts: Prompts, max_new_tokens: int | None
+    ) -> list[str]:
+        config = self.model.config
+        rules = decode_rules(config, kind, "clean")
+        if max_new_tokens is not None:
+            rules = dataclasses.replace(rules, max_new_tokens=max_new_tokens)
         if rules.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be greater than 0, got {max_new_tokens}")
         if not prompts.lengths:
             return []
-        return generate(self.lms[lm_name], prompts, rules, config.chunk_size)
+        return generate(self.lms[lm_name], prompts, rules, config.eval.chunk_size)
 
 
 def _device(choice: str) -> torch.device:

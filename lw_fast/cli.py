@@ -315,6 +315,7 @@ COMMANDS: dict[str, Command] = {
     "train": train_main,
     "eval": eval_main,
     "sweep": main_of("lw_fast.sweep"),
+    "pipeline": main_of("lw_fast.pipeline"),
     "report": main_of("lw_fast.report.report_main"),
     "demo": main_of("lw_fast.demo"),
 }

@@ -424,6 +424,23 @@ def preset_names() -> list[str]:
 
 def load_preset(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Flat settings and the LM table of a shipped preset or of a .toml file."""
+    values = _read_preset(name)
+    values.pop("guardrails", None)
+    lms = values.pop("lm", {})
+    if not isinstance(lms, dict) or not all(isinstance(source, str) for source in lms.values()):
+        raise UserError(f"preset {name}: lm must be a table of names and sources")
+    return values, lms
+
+
+def load_guardrails(name: str) -> dict[str, Any]:
+    """The [guardrails] table of a preset (guardrails.py), empty if it has none."""
+    table = _read_preset(name).get("guardrails", {})
+    if not isinstance(table, dict):
+        raise UserError(f"preset {name}: guardrails must be a table")
+    return table
+
+
+def _read_preset(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else None
     if path is None and name not in preset_names():
         raise UserError(f"unknown preset {name!r}; there are {', '.join(preset_names())}")
@@ -433,13 +450,9 @@ def load_preset(name: str) -> tuple[dict[str, Any], dict[str, str]]:
             if path
             else (resources.files("lw_fast") / "presets" / f"{name}.toml").read_text()
         )
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"preset {name}: {error}") from None
-    lms = values.pop("lm", {})
-    if not isinstance(lms, dict) or not all(isinstance(source, str) for source in lms.values()):
-        raise UserError(f"preset {name}: lm must be a table of names and sources")
-    return values, lms
 
 
 def build_config(

@@ -17,7 +17,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,10 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM was obeyed: the run is saved."""
 
 
+AfterEvaluation = Callable[["Run", Mapping[str, Any]], None]
+"""Sees the metrics of an epoch on every rank, and may change the run before the next one."""
+
+
 @dataclass
 class Run:
     """Everything the loop holds."""
@@ -82,6 +86,9 @@ class Run:
     """Per LM: [sum of raw prefix RMS, examples], over the epoch."""
     writer: Any = None
     """TensorBoard's, from the first row on."""
+    after_evaluation: AfterEvaluation | None = None
+    finished: bool = False
+    """Set by it to end the run after this epoch."""
 
     @property
     def total_steps(self) -> int:
@@ -103,6 +110,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     init_from: Path | None = None,
+    after_evaluation: AfterEvaluation | None = None,
 ) -> dict[str, Any] | None:
     """Trains, saves and evaluates; returns the metrics of the last evaluation (rank 0).
 
@@ -118,6 +126,7 @@ def train(
         if resume:
             start = checkpoint.load(checkpoint.latest(run_dir))
         run = setup_run(config, world, run_dir, ds_config)
+        run.after_evaluation = after_evaluation
         if resume:
             _resume(run, start)
         elif start is not None:
@@ -205,7 +214,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
     with Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress:
         if run.global_step >= run.total_steps:  # resumed where only the evaluation was missing
             return _evaluate(run, progress)
-        while run.global_step < run.total_steps:
+        while run.global_step < run.total_steps and not run.finished:
             previous, norm = norm, train_step(run)
             _check_finite(run, previous)
             run.global_step += 1
@@ -418,7 +427,10 @@ def _end_of_epoch(run: Run, progress: Progress, last: bool) -> dict[str, Any] | 
         every = run.config.run.eval_every
         if not (last or (every and run.epoch % every == 0)):
             return None
-        return _evaluate(run, progress)
+        metrics = _evaluate(run, progress)
+        if run.after_evaluation is not None:
+            run.after_evaluation(run, run.world.all_gather(metrics)[0])
+        return metrics
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:

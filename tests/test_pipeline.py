@@ -1,0 +1,201 @@
+"""Guardrails decide by data alone; a pipeline applies them to a run and writes down why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from lw_fast import cli
+from lw_fast.batches import AnswerTable
+from lw_fast.config import build_config, load_guardrails, preset_names
+from lw_fast.engine import World
+from lw_fast.errors import UserError
+from lw_fast.guardrails import LIVE, METRICS, Guard, read_guardrails
+from lw_fast.pipeline import latent_scores, run_pipeline
+from lw_fast.run_folder import read_config
+
+ONE = World(rank=0, local_rank=0, size=1, device=tiny.CPU)
+BOS = {"name": "no BOS", "below": 0.1, "change": {"train_append_bos_after_prefix": "no"}}
+FIRST = {"name": "first token", "below": 0.1, "change": {"first_token_ce_weight": 1.0}}
+START = {"train_append_bos_after_prefix": "yes", "first_token_ce_weight": 0.5, "prefix_gain": 1.0}
+
+
+def scores(top1: float, f1: float = 0.0) -> dict[str, float]:
+    return dict.fromkeys(METRICS, 0.0) | {"first_token_top1": top1, "f1": f1}
+
+
+def play(table: dict, epochs: list[dict]) -> tuple[list[str], list[dict]]:
+    """Decisions and the settings after each, for a series of epoch scores."""
+    guard, settings, texts, states = Guard(read_guardrails(table)), dict(START), [], []
+    for epoch in epochs:
+        decision = guard.decide(epoch, settings)
+        settings = settings | dict(decision.change)
+        texts.append(decision.text)
+        states.append({k: v for k, v in settings.items() if v != START[k]})
+    return texts, states
+
+
+# ------------------------------------------------------------------------------- decisions
+
+
+def test_nothing_happens_to_a_run_that_does_well():
+    texts, states = play({"rules": [BOS, FIRST]}, [scores(0.2), scores(0.3)])
+    assert texts == ["go on", "go on"] and states == [{}, {}]
+
+
+def test_one_change_at_a_time_taken_back_if_nothing_improves():
+    texts, states = play({"rules": [BOS, FIRST]}, [scores(0.05)] * 6)
+    assert texts == [
+        "try: no BOS",
+        "go on with: no BOS",
+        "take back: no BOS; try: first token",
+        "go on with: first token",
+        "take back: first token",
+        "go on",
+    ]
+    bos, first = BOS["change"], FIRST["change"]
+    assert states == [bos, bos, first, first, {}, {}]
+
+
+@pytest.mark.parametrize("better", [scores(0.06), scores(0.05, f1=0.1)])
+def test_a_change_that_helps_is_kept(better):
+    texts, states = play({"rules": [BOS, FIRST]}, [scores(0.05), better, better])
+    assert texts[1] == "keep: no BOS" and states[1] == BOS["change"]
+    assert texts[2] == "try: first token"  # still below 0.1
+    assert states[2] == BOS["change"] | FIRST["change"]
+
+
+def test_flat_compares_with_the_epochs_before():
+    rule = {"name": "gain", "flat": 0.01, "after": 2, "change": {"prefix_gain": 1.1}}
+    texts, _ = play({"rules": [rule]}, [scores(0.05), scores(0.05), scores(0.059)])
+    assert texts == ["go on", "go on", "try: gain"]
+    texts, _ = play({"rules": [rule]}, [scores(0.05), scores(0.05), scores(0.07)])
+    assert texts[-1] == "go on"
+
+
+def test_after_and_stop_after():
+    texts, _ = play({"rules": [BOS | {"after": 2}], "stop_after": 3}, [scores(0.0)] * 3)
+    assert texts == ["go on", "try: no BOS", "stop"]
+
+
+def test_expectations():
+    table = {
+        "expectations": [
+            {"name": "a", "at_least": 0.15, "after": 2},
+            {"name": "b", "metric": "f1", "rising": True},
+        ]
+    }
+    a, b = read_guardrails(table).expectations
+    epochs = [scores(0.2, 0.1), scores(0.1, 0.2), scores(0.15, 0.2)]
+    assert [a.met(epochs[:n]) for n in (1, 2, 3)] == [None, False, True]
+    assert [b.met(epochs[:n]) for n in (1, 2, 3)] == [None, True, False]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"rules": [{"name": "x", "change": {"prefix_gain": 1.1}}]}, "needs one of below and flat"),
+        ({"rules": [BOS | {"flat": 0.1}]}, "needs one of below and flat"),
+        ({"rules": [BOS | {"change": {"latent_len": 8}}]}, "latent_len cannot change during a run"),
+        ({"rules": [BOS | {"change": {"prefix_gian": 8}}]}, "prefix_gian is no setting"),
+        ({"rules": [BOS | {"change": 3}]}, "change must be a table"),
+        ({"rules": [BOS | {"metric": "f2"}]}, "metric must be one of em, f1"),
+        ({"rules": [BOS | {"below_": 1}]}, "Rule got an unexpected keyword argument 'below_'"),
+        ({"rules": [{"below": 1.0}]}, "Rule missing"),
+        ({"stop": 1}, "Guardrails got an unexpected keyword argument 'stop'"),
+        ({"expectations": [{"name": "x"}]}, "needs one of at_least and rising"),
+    ],
+)
+def test_bad_guardrails(table, message):
+    with pytest.raises(UserError, match=message):
+        read_guardrails(table)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_shipped_guardrails_are_valid(name):
+    guardrails = read_guardrails(load_guardrails(name))
+    assert bool(guardrails.rules) == name.startswith("seed_stage")
+    for rule in guardrails.rules:
+        assert rule.change.keys() <= LIVE
+        build_config(name, rule.change)
+
+
+# ------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def settings(lm_dirs, qa_file):
+    return dict(
+        dataset=str(qa_file), eval_dataset=str(qa_file), samples=32, eval_samples=6, lm=lm_dirs,
+        eval_every=1, epochs=4, kinds="latent", train_append_bos_after_prefix="yes",
+    )  # fmt: skip
+
+
+def test_a_pipeline_changes_the_run_and_says_why(tmp_path, settings, monkeypatch):
+    """BOS goes after the first epoch: the answers are tokenised anew, the checkpoints know."""
+    built = []
+    init = AnswerTable.__init__
+    monkeypatch.setattr(
+        AnswerTable,
+        "__init__",
+        lambda self, lm, answers, config: built.append(config) or init(self, lm, answers, config),
+    )
+    table = {
+        "rules": [BOS | {"below": 2.0}],
+        "expectations": [{"name": "miracle", "at_least": 2.0}],
+        "stop_after": 3,
+    }
+    guard = run_pipeline(tiny.config(**settings), ONE, tmp_path / "run", read_guardrails(table))
+    assert len(guard.history) == 3
+    assert not (tmp_path / "run" / "epoch4").exists()
+    policies = [
+        read_config(tmp_path / "run" / f"epoch{n}").sequence.train_append_bos_after_prefix
+        for n in (1, 2)
+    ]
+    assert policies == ["yes", "no"]
+    assert built[0].sequence.train_append_bos_after_prefix == "yes"
+    assert built[2].sequence.train_append_bos_after_prefix == "no"
+    text = (tmp_path / "run" / "experiment.md").read_text()
+    assert "| 1 | try: no BOS | train_append_bos_after_prefix = no | first_token_top1" in text
+    assert "| 3 | stop |  | stop_after = 3 |" in text
+    assert "| miracle | no |" in text
+    assert "| train_append_bos_after_prefix | yes |" in text
+    metrics = json.loads((tmp_path / "run" / "eval_epoch2" / "metrics.json").read_text())
+    shown = f"{metrics['latent']['qwen']['nll_token']:.3f}"
+    assert any(line.startswith("| 2 | qwen | 6 |") and shown in line for line in text.splitlines())
+
+
+def test_without_rules_a_pipeline_is_a_training_run(tmp_path, settings):
+    from lw_fast.train import train
+
+    settings["epochs"] = 2
+    run_pipeline(tiny.config(**settings), ONE, tmp_path / "a", read_guardrails({}))
+    train(tiny.config(**settings), ONE, tmp_path / "b")
+    a, b = ((tmp_path / n / "eval_epoch2" / "predictions.jsonl").read_bytes() for n in ("a", "b"))
+    assert a == b
+
+
+def test_scores_of_the_seed_protocol():
+    latent = {"llama": {"f1": 1.0}}
+    assert latent_scores({"seed": {"latent": latent}}) == latent
+    assert latent_scores({"latent": {}, "seed": {"latent": latent}}) == {}
+
+
+@pytest.mark.parametrize("changes", [{"eval_every": 2}, {"kinds": "text"}])
+def test_a_pipeline_needs_scores_of_every_epoch(tmp_path, settings, changes):
+    config = tiny.config(**settings | changes)
+    with pytest.raises(UserError, match="needs eval_every=1 and latent"):
+        run_pipeline(config, ONE, tmp_path / "run", read_guardrails({}))
+
+
+def test_a_value_that_is_wrong_is_found_at_the_start(tmp_path, settings):
+    table = {"rules": [BOS | {"change": {"first_token_top_p": 0.5}}]}
+    with pytest.raises(UserError, match="needs first_token_temperature"):
+        run_pipeline(tiny.config(**settings), ONE, tmp_path / "run", read_guardrails(table))
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_is_a_command():
+    assert "pipeline" in cli.COMMANDS

@@ -1,8 +1,9 @@
 # make install | demo | test | lint | bench      (install only builds .venv; the others call it)
-# TORCH_INDEX_URL picks where torch comes from, e.g. https://download.pytorch.org/whl/cpu
+# JOBS is how many tests run at a time; TORCH_INDEX_URL picks where torch comes from, e.g. https://download.pytorch.org/whl/cpu
 
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(PIP) -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
@@ -29,7 +30,7 @@ demo: install
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero2.json
 
 test: install-dev
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --cov=lw_fast --cov-report=term:skip-covered --cov-fail-under=85
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --cov=lw_fast --cov-report=term:skip-covered --cov-fail-under=85
 
 lint: install-dev
 	$(BIN)/ruff check .

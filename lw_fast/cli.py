@@ -318,6 +318,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": main_of("lw_fast.pipeline"),
     "report": main_of("lw_fast.report.report_main"),
     "demo": main_of("lw_fast.demo"),
+    "plan": main_of("lw_fast.plan"),
 }
 
 

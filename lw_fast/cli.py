@@ -316,6 +316,7 @@ COMMANDS: dict[str, Command] = {
     "eval": eval_main,
     "sweep": main_of("lw_fast.sweep"),
     "pipeline": main_of("lw_fast.pipeline"),
+    "ablate": main_of("lw_fast.ablate"),
     "report": main_of("lw_fast.report.report_main"),
     "demo": main_of("lw_fast.demo"),
     "plan": main_of("lw_fast.plan"),

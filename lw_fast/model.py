@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from lw_fast import checkpoint
 from lw_fast.alignment import Alignment
 from lw_fast.batches import AnswerTable, SourceTable, Tables
 from lw_fast.bridge import LatentBridge
-from lw_fast.config import Config, from_dict
+from lw_fast.config import Config, from_dict, to_dict
 from lw_fast.data import Example, channel_examples, eval_spec, load_examples
 from lw_fast.errors import UserError
 from lw_fast.frozen_lm import FrozenLM, compute_dtype, load_frozen_lm
@@ -112,18 +114,29 @@ def load_model(
         model.bridge.load_state_dict(join_state(saved.encoder, saved.adapters))
     except RuntimeError as error:
         raise UserError(f"{path} does not fit these settings: {error}") from None
-    if config.adapter.calibration == "train_stats":
-        model.bridge.train_rms = _train_rms(saved, lms=list(model.lms))
+    stats = saved.stats or {}
+    model.bridge.train_rms = {name: stats[name]["rms_mean_cal"] for name in stats}
+    _check_train_stats(model)
     return model
 
 
-def _train_rms(saved: checkpoint.Checkpoint, lms: Sequence[str]) -> dict[str, float]:
-    """Mean RMS of the calibrated prefix in training, per LM."""
-    if saved.stats is None or not set(lms) <= saved.stats.keys():
+def retuned(model: LatentModel, change: Mapping[str, Any]) -> LatentModel:
+    """The same weights under other decode-time settings."""
+    config = from_dict({**to_dict(model.config), **change})
+    bridge = copy.copy(model.bridge)  # shares its parameters
+    bridge.config = config.adapter
+    tuned = dataclasses.replace(model, config=config, bridge=bridge)
+    _check_train_stats(tuned)
+    return tuned
+
+
+def _check_train_stats(model: LatentModel) -> None:
+    missing = [name for name in model.lms if name not in model.bridge.train_rms]
+    if missing and model.config.adapter.calibration == "train_stats":
         raise UserError(
-            f"calibration=train_stats: {saved.path} has no training_stats.json for {', '.join(lms)}"
+            "calibration=train_stats: the checkpoint has no training_stats.json for "
+            f"{', '.join(missing)}"
         )
-    return {name: saved.stats[name]["rms_mean_cal"] for name in lms}
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict, dict[str, dict]]:

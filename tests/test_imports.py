@@ -18,7 +18,7 @@ STDLIB = sys.stdlib_module_names
 # What each module of lw_fast may import of lw_fast: everything further down this list, and
 # nothing further up. A new module needs its line here; a folder of modules counts as one.
 LAYERS = (
-    "demo pipeline sweep report plan",
+    "ablate demo pipeline sweep report plan",
     "cli sweep_queue",
     "sweep_folder",
     "sweep_points",

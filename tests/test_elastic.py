@@ -53,14 +53,23 @@ def test_the_reference_sees_each_question_once_per_epoch(reference):
         assert sorted(i for step in epoch for i in steps[step]) == list(range(QUESTIONS))
 
 
+ZERO2 = ["--ds_config", str(ROOT / "ds_configs" / "zero2.json")]
+
+
 @pytest.mark.parametrize(
-    ("before", "after"), [(2, 1), (1, 2), pytest.param(1, 1, marks=pytest.mark.slow)]
+    ("before", "after", "engine"),
+    [
+        (2, 1, []),
+        (1, 2, []),
+        pytest.param(1, 1, [], marks=pytest.mark.slow),
+        pytest.param(2, 1, ZERO2, marks=pytest.mark.slow, id="2-1-zero2"),
+    ],
 )
-def test_resume_with_another_world_size(reference, tmp_path, before, after):
+def test_resume_with_another_world_size(reference, tmp_path, before, after, engine):
     """The global batch stays: the same questions in each step, none skipped or repeated, and the
-    same curve. Killed in the middle of an epoch."""
+    same curve. Killed in the middle of an epoch; resumed without DeepSpeed."""
     run_dir = tmp_path / "run"
-    killed = run_on(before, new(run_dir), tmp_path, "before", kill_in_step=KILLED)
+    killed = run_on(before, new(run_dir, *engine), tmp_path, "before", kill_in_step=KILLED)
     assert killed == [-signal.SIGKILL] * before
     assert run_on(after, resume(run_dir), tmp_path, "after") == [0] * after
     first, second = (indices(tmp_path, f"{name}-*") for name in ("before", "after"))

@@ -13,6 +13,7 @@ In a preset:
     after = 1                       # epochs to wait for
     change = { train_append_bos_after_prefix = "no" }
     patience = 2                    # epochs on trial
+    min_gain = 0.02                 # a smaller improvement passes for noise
 
     [[guardrails.expectations]]     # checked and written down; they change nothing
     name = "the first token is learned"
@@ -20,8 +21,8 @@ In a preset:
     at_least = 0.15                 # or: rising = true
     after = 2
 
-A change is on trial: it is kept once first_token_top1 or f1 beats its value from before, and taken
-back (the settings, not the weights) if neither has after `patience` epochs.
+A change is on trial: it is kept once first_token_top1 or f1 beats its value from before by
+`min_gain`, and taken back (the settings, not the weights) if neither has after `patience` epochs.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Rule:
     flat: float | None = None
     after: int = 1
     patience: int = 2
+    min_gain: float = 0.02
 
     def why(self, history: Sequence[Scores]) -> str:
         """The reason to fire after these epochs; empty if there is none."""
@@ -169,7 +171,7 @@ class Guard:
         """What to do, given the scores of the epoch that ended and the settings it ran under."""
         self.history.append(scores)
         if 0 < self.guardrails.stop_after <= len(self.history):
-            return Decision("stop", f"stop_after = {self.guardrails.stop_after}", stop=True)
+            return Decision("stop", f"epoch {len(self.history)} is the last", stop=True)
         if self._trial is None:
             return self._next_rule(settings, {})
         trial, best = self._trial, self._best_gain()
@@ -191,7 +193,7 @@ class Guard:
         trial = self._trial
         for metric in JUDGED_BY:
             best = max(scores[metric] for scores in self.history[trial.started :])
-            if best > trial.baseline[metric]:
+            if best >= trial.baseline[metric] + trial.rule.min_gain:
                 return f"{metric} rose from {trial.baseline[metric]:.3f} to {best:.3f}"
         return ""
 

@@ -98,7 +98,12 @@ def run_pipeline(
         raise UserError("a pipeline needs eval_every=1 and latent among the kinds")
     for rule in guardrails.rules:  # a value that is wrong must not wait for its epoch
         from_dict({**to_dict(config), **rule.change})
-    guard, log = Guard(guardrails), ExperimentLog(config, guardrails)
+    epochs = config.optim.epochs
+    last = min(guardrails.stop_after or epochs, epochs)
+    guard, log = (
+        Guard(dataclasses.replace(guardrails, stop_after=last)),
+        ExperimentLog(config, guardrails),
+    )
 
     def after_evaluation(run: Any, metrics: Mapping[str, Any]) -> None:
         decision = guard.decide(mean_scores(metrics), to_flat(run.config))

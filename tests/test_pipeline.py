@@ -59,12 +59,20 @@ def test_one_change_at_a_time_taken_back_if_nothing_improves():
     assert states == [bos, bos, first, first, {}, {}]
 
 
-@pytest.mark.parametrize("better", [scores(0.06), scores(0.05, f1=0.1)])
+@pytest.mark.parametrize("better", [scores(0.08), scores(0.05, f1=0.1)])
 def test_a_change_that_helps_is_kept(better):
     texts, states = play({"rules": [BOS, FIRST]}, [scores(0.05), better, better])
     assert texts[1] == "keep: no BOS" and states[1] == BOS["change"]
     assert texts[2] == "try: first token"  # still below 0.1
     assert states[2] == BOS["change"] | FIRST["change"]
+
+
+def test_a_tiny_gain_passes_for_noise():
+    texts, _ = play({"rules": [BOS | {"patience": 1}]}, [scores(0.05), scores(0.06)])
+    assert texts[1] == "take back: no BOS"
+    tolerant = BOS | {"patience": 1, "min_gain": 0.005}
+    texts, _ = play({"rules": [tolerant]}, [scores(0.05), scores(0.06)])
+    assert texts[1] == "keep: no BOS"
 
 
 def test_flat_compares_with_the_epochs_before():
@@ -159,7 +167,7 @@ def test_a_pipeline_changes_the_run_and_says_why(tmp_path, settings, monkeypatch
     assert built[2].sequence.train_append_bos_after_prefix == "no"
     text = (tmp_path / "run" / "experiment.md").read_text()
     assert "| 1 | try: no BOS | train_append_bos_after_prefix = no | first_token_top1" in text
-    assert "| 3 | stop |  | stop_after = 3 |" in text
+    assert "| 3 | stop |  | epoch 3 is the last |" in text
     assert "| miracle | no |" in text
     assert "| train_append_bos_after_prefix | yes |" in text
     metrics = json.loads((tmp_path / "run" / "eval_epoch2" / "metrics.json").read_text())

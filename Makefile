@@ -29,6 +29,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero2.json
 
+test: export OMP_NUM_THREADS := 1
 test: install-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --cov=lw_fast --cov-report=term:skip-covered --cov-fail-under=85
 

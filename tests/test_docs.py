@@ -27,6 +27,7 @@ LAUNCHERS = {
     "--standalone",
 }
 LAUNCHERS |= {"--master_port", "--master_addr", "--num_accelerators", "--include", "--node_rank"}
+LAUNCHERS |= {"--logdir"}  # tensorboard's
 
 
 def read(path: Path) -> str:
@@ -90,7 +91,7 @@ def test_flags_exist(path):
     """Each --flag that a document names is one of ours, or a launcher's."""
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+(?![\w-])", read(path)))
     ours = {option for make in PARSERS.values() for option in make()._option_string_actions}
-    scripts = [*ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("lw_fast/*.py")]
+    scripts = [*ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("lw_fast/**/*.py")]
     elsewhere = {
         flag for script in scripts for flag in re.findall(r'"(--[a-z0-9_]+)"', read(script))
     }
@@ -106,7 +107,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_presets_exist(path):
-    named = set(re.findall(r"--preset (\w+)\b(?!\.toml)", read(path))) - {"NAME"}
+    named = set(re.findall(r"--preset (\w+)\b(?![./])", read(path))) - {"NAME"}
     assert named <= set(preset_names())
 
 

@@ -97,7 +97,8 @@ def init_world(
         timeout_seconds: After this long a collective whose peer is gone raises instead of hanging.
 
     Raises:
-        UserError: device=cuda without a GPU, or a launcher's environment that is incomplete.
+        UserError: device=cuda without a GPU, a launcher's environment that is incomplete, or
+            processes that never came.
     """
     rank, size, local_rank = (_env_int(n, d) for n, d in _LAUNCHER_ENV.items())
     where = _pick_device(device, local_rank)
@@ -105,7 +106,7 @@ def init_world(
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _require_rendezvous()
-        dist.init_process_group(backend, timeout=timeout)
+        _meet(backend, timeout, size)
     elif use_deepspeed:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -131,6 +132,17 @@ def close_world() -> None:
         comm.destroy_process_group()  # also drops DeepSpeed's own references to it
     elif dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: timedelta, size: int) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the {size} processes did not meet at {where} within {timeout.total_seconds():g} s: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager

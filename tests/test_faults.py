@@ -213,3 +213,29 @@ def test_a_rank_hangs(tmp_path):
     assert "error: lost contact with another process" in ranks[0].said
     assert "Traceback" not in ranks[0].said
     assert checkpoint.latest(run_dir).name == "epoch1"
+
+
+@pytest.mark.parametrize("came", [0, 1])
+def test_a_rank_never_comes(tmp_path, came):
+    """Nobody waits for it longer than told to."""
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": fault_worker.free_port(),
+    }
+    env = {**shared, "RANK": str(came), "LOCAL_RANK": str(came)}
+    argv = new(tmp_path / "run", "--timeout_seconds", "2")
+    rank = fault_worker.start(argv, tmp_path / "said.txt", env)
+    assert rank.wait(30) == 2, rank.said
+    assert "error: the 2 processes did not meet at 127.0.0.1:" in rank.said
+    assert "Traceback" not in rank.said
+
+
+def test_a_full_disk_on_two_ranks(tmp_path):
+    """Rank 0, which writes, says what is wrong; the other one does not wait for it."""
+    run_dir = tmp_path / "run"
+    ranks = fault_worker.start_ranks(new(run_dir), tmp_path, {0: {"full_disk_in_step": 4}})
+    assert [rank.wait(30) for rank in ranks] == [2, 2]
+    assert "error: could not save checkpoint" in ranks[0].said
+    assert "error: lost contact with another process" in ranks[1].said
+    assert checkpoint.latest(run_dir).name == "epoch1"

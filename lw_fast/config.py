@@ -321,8 +321,8 @@ _NOT_NEGATIVE = (
     "smoke_samples supervise_first_k first_token_temperature debug_print_first debug_topk"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
-_NOT_LM_NAMES = ("loss", "span", "align", "counts")
-"""What else is summed beside the LMs' statistics in a training step."""
+_NOT_LM_NAMES = ("loss", "span", "align", "counts", "encoder")
+"""What else is summed or logged beside the LMs' statistics in a training step."""
 
 
 def _validate(config: Config) -> None:

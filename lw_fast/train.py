@@ -32,7 +32,7 @@ from lw_fast.batches import Order, Tables, micro_slices
 from lw_fast.bridge import STATS, StepCounts, step_loss
 from lw_fast.config import Config, to_dict
 from lw_fast.data import Example
-from lw_fast.engine import Engine, World, build_engine
+from lw_fast.engine import Engine, PlainEngine, World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.evaluate import asked_for, evaluate, table_rows
 from lw_fast.frozen_lm import FrozenLM
@@ -47,7 +47,7 @@ from lw_fast.model import (
     split_state,
     training_examples,
 )
-from lw_fast.optim import lr_factor
+from lw_fast.optim import lr_factor, part_norms
 from lw_fast.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class Run:
     """Per LM: [sum of raw prefix RMS, examples], over the epoch."""
     writer: Any = None
     """TensorBoard's, from the first row on."""
+    part_norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Gradient norms of the parts in the step that is logged next."""
     after_evaluation: AfterEvaluation | None = None
     finished: bool = False
     """Set by it to end the run after this epoch."""
@@ -220,7 +222,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
             run.global_step += 1
             last = run.global_step == run.total_steps
             epoch_ends = run.global_step % run.order.steps_per_epoch == 0
-            if run.global_step % config.run.log_every == 0 or last:
+            if _is_logged(run, run.global_step):
                 _check_finite(run, norm)
                 progress.update(run.global_step, _log(run, norm))
             if _must_stop(run):
@@ -274,6 +276,8 @@ def train_step(run: Run) -> Tensor:
         supervised_tokens=dict(counts.rows),
     )
     _add(run.sums, "counts", _counts(counts, list(run.model.lms)))
+    if isinstance(run.engine, PlainEngine) and _is_logged(run, step + 1):
+        run.part_norms = part_norms(run.engine.module)  # DeepSpeed keeps no gradient to look at
     return run.engine.step(lr_factor(step, run.total_steps, config.optim))
 
 
@@ -324,6 +328,10 @@ def _accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tens
         _add(run.rms, name, torch.stack([rms_B.sum(), rms_B.new_tensor(float(len(rms_B)))]))
 
 
+def _is_logged(run: Run, step: int) -> bool:
+    return step % run.config.run.log_every == 0 or step == run.total_steps
+
+
 def _log(run: Run, norm: Tensor) -> dict[str, Any]:
     """One row for log.jsonl and TensorBoard, from what was summed since the last one."""
     examples, spans, *per_lm = run.sums.pop("counts").tolist()
@@ -340,6 +348,7 @@ def _log(run: Run, norm: Tensor) -> dict[str, Any]:
         "grad_norm": float(norm),
         "lr_factor": lr_factor(run.global_step - 1, run.total_steps, run.config.optim),
     }
+    row |= {f"grad_norm/{part}": float(value) for part, value in run.part_norms.items()}
     for name, rows, seen in zip(run.model.lms, per_lm[:num_lms], per_lm[num_lms:], strict=True):
         if not seen:  # lms_per_step=one: not drawn since the last row
             continue

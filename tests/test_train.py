@@ -121,6 +121,9 @@ def test_log_rows(finished):
         "epoch",
         "loss",
         "grad_norm",
+        "grad_norm/encoder",
+        "grad_norm/llama",
+        "grad_norm/qwen",
         "lr_factor",
         "span_loss",
         "align_loss",
@@ -129,6 +132,8 @@ def test_log_rows(finished):
     for row in rows:
         assert row.keys() == expected  # no GPU: no memory, no MFU, rather than zeros
         assert all(math.isfinite(value) for value in row.values())
+        parts = [row[f"grad_norm/{part}"] for part in ("encoder", "llama", "qwen")]
+        assert all(parts) and math.hypot(*parts) == pytest.approx(row["grad_norm"], rel=1e-4)
         assert 0 <= row["llama/first_token_top1"] <= row["llama/first_token_top5"] <= 1
 
 

@@ -152,8 +152,16 @@ class Case:
     """Device memory traffic that no implementation can avoid; 0 if compute decides."""
 
 
-def prefix_case(batch: int, dim: int, calibration: str, *, num_vocab: int = 32000,
-                slots: int = 32, tail: int = 8, packed: bool = False) -> Case:
+def prefix_case(
+    batch: int,
+    dim: int,
+    calibration: str,
+    *,
+    num_vocab: int = 32000,
+    slots: int = 32,
+    tail: int = 8,
+    packed: bool = False,
+) -> Case:
     """Forward and backward of the LM's input; answers have one to T - 2 tokens after an anchor."""
     raw = torch.randn(batch, slots, dim, device=DEVICE, dtype=DTYPE).requires_grad_()
     embed = torch.randn(num_vocab, dim, device=DEVICE, dtype=DTYPE) * 0.02
@@ -165,7 +173,9 @@ def prefix_case(batch: int, dim: int, calibration: str, *, num_vocab: int = 3200
     grad = torch.randn(rows, dim, device=DEVICE, dtype=DTYPE)
     grad = grad if packed else grad.view(batch, -1, dim)
     settings = {
-        "head_ids_H": head, "calibration": calibration, "target_rms": 0.0106,
+        "head_ids_H": head,
+        "calibration": calibration,
+        "target_rms": 0.0106,
         "packed_rows": real if packed else None,
     }
 
@@ -192,9 +202,17 @@ def prefix_case(batch: int, dim: int, calibration: str, *, num_vocab: int = 3200
     # gradient and raw and writes the gradient of raw.
     moved = 4 * raw.numel() + rows * dim + (real - batch * slots) * dim
     return Case(
-        {"op": "prefix_concat", "pass": "fwd_bwd", "batch": batch, "dim": dim,
-         "calibration": calibration, "layout": "packed" if packed else "padded"},
-        contenders, truth, moved * size,
+        {
+            "op": "prefix_concat",
+            "pass": "fwd_bwd",
+            "batch": batch,
+            "dim": dim,
+            "calibration": calibration,
+            "layout": "packed" if packed else "padded",
+        },
+        contenders,
+        truth,
+        moved * size,
     )
 
 
@@ -231,9 +249,15 @@ def cross_entropy_case(num_rows: int, num_vocab: int, backward: bool) -> Case:
     if GPU and backward:
         contenders["liger"] = _liger_cross_entropy(logits, labels)
     return Case(
-        {"op": "masked_cross_entropy", "pass": "fwd_bwd" if backward else "fwd",
-         "rows": num_rows, "vocab": num_vocab},
-        contenders, truth, logits.numel() * logits.element_size() * (3 if backward else 1),
+        {
+            "op": "masked_cross_entropy",
+            "pass": "fwd_bwd" if backward else "fwd",
+            "rows": num_rows,
+            "vocab": num_vocab,
+        },
+        contenders,
+        truth,
+        logits.numel() * logits.element_size() * (3 if backward else 1),
     )
 
 
@@ -271,9 +295,15 @@ def linear_case(num_rows: int, num_vocab: int, dim: int) -> Case:
         contenders |= _linear_rivals(step, hidden, weight, labels)
         contenders["matmuls"] = matmuls  # the floor: both products and nothing else
     return Case(
-        {"op": "linear_masked_ce", "pass": "fwd_bwd", "rows": num_rows, "vocab": num_vocab,
-         "dim": dim},
-        contenders, truth,
+        {
+            "op": "linear_masked_ce",
+            "pass": "fwd_bwd",
+            "rows": num_rows,
+            "vocab": num_vocab,
+            "dim": dim,
+        },
+        contenders,
+        truth,
     )
 
 
@@ -295,9 +325,9 @@ def _linear_rivals(step: Callable[[Tensor], Tensor], *args: Tensor) -> dict[str,
     def liger(**kwargs) -> Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        return step(liger_fused_linear_cross_entropy(
-            hidden, weight, labels, reduction="sum", **kwargs
-        ))
+        return step(
+            liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="sum", **kwargs)
+        )
 
     def cce() -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -355,21 +385,43 @@ def run_case(case: Case, watch: Stopwatch, bandwidth: float, deadline: float) ->
         rows += contender_rows(words, timing, None if impl == "matmuls" else error)
         if case.bytes:
             fraction = case.bytes / bandwidth / timing.p50
-            rows.append(measured("kernels", words, "bandwidth_fraction", fraction, "ratio",
-                                 n=timing.n, config={"bytes": case.bytes}))
-        print(f"{words}: {timing.p50 * 1e6:.1f} us (host {timing.host * 1e6:.0f} us), "
-              f"{timing.peak_bytes / GIB:.3f} GiB, rel_error {error:.2e}", flush=True)
+            rows.append(
+                measured(
+                    "kernels",
+                    words,
+                    "bandwidth_fraction",
+                    fraction,
+                    "ratio",
+                    n=timing.n,
+                    config={"bytes": case.bytes},
+                )
+            )
+        print(
+            f"{words}: {timing.p50 * 1e6:.1f} us (host {timing.host * 1e6:.0f} us), "
+            f"{timing.peak_bytes / GIB:.3f} GiB, rel_error {error:.2e}",
+            flush=True,
+        )
     ours = case_words(**case.words, dtype="bf16", impl="ours")
     for rival in times.keys() - {"ours", "matmuls"} if "ours" in times else ():
-        rows.append(measured("kernels", ours, f"speedup_vs_{rival}",
-                             times[rival] / times["ours"], "x"))
+        rows.append(
+            measured("kernels", ours, f"speedup_vs_{rival}", times[rival] / times["ours"], "x")
+        )
     return rows
 
 
 def contender_rows(words: str, timing: Timing, error: float | None) -> list[dict]:
     rows = [
-        measured("kernels", words, "seconds", timing.p50, "s", p20=timing.p20, p80=timing.p80,
-                 n=timing.n, config={"clock": "cuda events" if GPU else "host"}),
+        measured(
+            "kernels",
+            words,
+            "seconds",
+            timing.p50,
+            "s",
+            p20=timing.p20,
+            p80=timing.p80,
+            n=timing.n,
+            config={"clock": "cuda events" if GPU else "host"},
+        ),
         measured("kernels", words, "host_seconds", timing.host, "s", n=5),
         measured("kernels", words, "peak_gib", timing.peak_bytes / GIB, "GiB"),
     ]
@@ -391,7 +443,8 @@ def table(rows: list[dict]) -> str:
         cells.setdefault(row["case"], {})[row["metric"]] = row["value"]
     lines = [
         f"Measured on {env['device']}, torch {env['torch']}, triton {env['triton']}; "
-        "medians of device time.", "",
+        "medians of device time.",
+        "",
         "| case | impl | time | x ours | host | peak extra | of copy bandwidth | rel. error |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -427,12 +480,20 @@ def plot(rows: list[dict], path: Path) -> None:
     height = 0.8 / max(len(impls), 1)
     for place, impl in enumerate(impls):
         shown = [(i, times) for i, times in enumerate(groups.values()) if impl in times]
-        axes.barh([i + place * height for i, _ in shown],
-                  [times[impl] / times["ours"] for _, times in shown], height, label=impl)
+        axes.barh(
+            [i + place * height for i, _ in shown],
+            [times[impl] / times["ours"] for _, times in shown],
+            height,
+            label=impl,
+        )
     # The pass, layout and dtype hardly differ; values speak for themselves but for the op.
     dull = ("pass=fwd_bwd", "layout=padded", "dtype=bf16", "op=")
-    names = [case.split()[0].removeprefix("op=") + "  " + " ".join(
-        word for word in case.split() if not word.startswith(dull)) for case in groups]
+    names = [
+        case.split()[0].removeprefix("op=")
+        + "  "
+        + " ".join(word for word in case.split() if not word.startswith(dull))
+        for case in groups
+    ]
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], names, fontsize=6)
     axes.set_ylim(len(groups), -0.3)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -480,10 +541,16 @@ def main() -> None:
     (args.out_dir / "kernels.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
     plot(rows, args.out_dir / "kernels.png")
-    print(json.dumps({
-        "rows": len(rows), "seconds": round(time.monotonic() - begin, 1),
-        "copy_bytes_per_s": bandwidth, "out_dir": str(args.out_dir),
-    }))
+    print(
+        json.dumps(
+            {
+                "rows": len(rows),
+                "seconds": round(time.monotonic() - begin, 1),
+                "copy_bytes_per_s": bandwidth,
+                "out_dir": str(args.out_dir),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

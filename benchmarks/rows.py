@@ -1,8 +1,8 @@
 """One measured number is one CSV row; every benchmark writes its rows through this module.
 
-    from benchmarks.rows import case_words, measured, write_rows
-    rows = [measured("kernels", case_words(op="prefix_concat", impl="ours"), "seconds", 1e-5, "s")]
-    write_rows("benchmarks/results/kernels.csv", rows)
+from benchmarks.rows import case_words, measured, write_rows
+rows = [measured("kernels", case_words(op="prefix_concat", impl="ours"), "seconds", 1e-5, "s")]
+write_rows("benchmarks/results/kernels.csv", rows)
 """
 
 from __future__ import annotations
@@ -22,8 +22,22 @@ from typing import Any
 import torch
 
 COLUMNS = (
-    "benchmark", "case", "metric", "value", "unit", "p20", "p80", "n",
-    "device", "torch", "triton", "transformers", "deepspeed", "commit", "date", "config",
+    "benchmark",
+    "case",
+    "metric",
+    "value",
+    "unit",
+    "p20",
+    "p80",
+    "n",
+    "device",
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "commit",
+    "date",
+    "config",
 )
 
 
@@ -33,14 +47,27 @@ def case_words(**words: Any) -> str:
 
 
 def measured(
-    benchmark: str, case: str, metric: str, value: float, unit: str, *,
-    p20: float | None = None, p80: float | None = None, n: int = 1,
+    benchmark: str,
+    case: str,
+    metric: str,
+    value: float,
+    unit: str,
+    *,
+    p20: float | None = None,
+    p80: float | None = None,
+    n: int = 1,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A row without its environment; `value` is the median of `n` measurements."""
     return {
-        "benchmark": benchmark, "case": case, "metric": metric, "value": value, "unit": unit,
-        "p20": value if p20 is None else p20, "p80": value if p80 is None else p80, "n": n,
+        "benchmark": benchmark,
+        "case": case,
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "p20": value if p20 is None else p20,
+        "p80": value if p80 is None else p80,
+        "n": n,
         "config": dict(config or {}),
     }
 
@@ -102,6 +129,7 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """Short commit, "+" if the tree differs from it; COMMIT stands in where git is absent."""
+
     def git(*args: str) -> str:
         out = subprocess.run(
             ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True

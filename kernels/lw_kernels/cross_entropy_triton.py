@@ -21,7 +21,9 @@ from lw_kernels.dispatch import on_device_of
 def _load_block(row_ptr, cols, num_vocab, KEEP: tl.constexpr):
     """Logits of a row, -inf beyond its end; KEEP asks L2 to hold them for a second pass."""
     return tl.load(
-        row_ptr + cols, mask=cols < num_vocab, other=float("-inf"),
+        row_ptr + cols,
+        mask=cols < num_vocab,
+        other=float("-inf"),
         eviction_policy="evict_last" if KEEP else "evict_first",
     )
 
@@ -29,11 +31,20 @@ def _load_block(row_ptr, cols, num_vocab, KEEP: tl.constexpr):
 @triton.jit
 def _rows_kernel(
     # inputs
-    logits_ptr, labels_ptr, weights_ptr,
+    logits_ptr,
+    labels_ptr,
+    weights_ptr,
     # outputs
-    loss_ptr, nll_ptr, lse_ptr, top1_ptr, top5_ptr,
-    stride_logits, num_vocab, ignore_index,
-    WRITE_GRAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    loss_ptr,
+    nll_ptr,
+    lse_ptr,
+    top1_ptr,
+    top5_ptr,
+    stride_logits,
+    num_vocab,
+    ignore_index,
+    WRITE_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Loss, NLL, lse and hits of one row; WRITE_GRAD turns its logits into softmax - onehot."""
     row = tl.program_id(0).to(tl.int64)
@@ -91,8 +102,18 @@ def _rows_kernel(
 
 @triton.jit
 def _grad_kernel(
-    grad_loss_ptr, logits_ptr, labels_ptr, weights_ptr, lse_ptr, out_ptr,
-    stride_grad_loss, stride_logits, stride_out, num_vocab, num_blocks, ignore_index,
+    grad_loss_ptr,
+    logits_ptr,
+    labels_ptr,
+    weights_ptr,
+    lse_ptr,
+    out_ptr,
+    stride_grad_loss,
+    stride_logits,
+    stride_out,
+    num_vocab,
+    num_blocks,
+    ignore_index,
     BLOCK_V: tl.constexpr,
 ):
     """out[n, v] = g_n * w_n * (exp(x_nv - lse_n) - [v == label_n]); out may be the logits."""
@@ -107,7 +128,9 @@ def _grad_kernel(
     lse = tl.load(lse_ptr + row)
     inside = cols < num_vocab
     x = tl.load(
-        logits_ptr + row * stride_logits + cols, mask=inside & keep, other=0.0,
+        logits_ptr + row * stride_logits + cols,
+        mask=inside & keep,
+        other=0.0,
         eviction_policy="evict_first",
     ).to(tl.float32)
     grad = factor * (tl.exp(x - lse) - tl.where(cols == label, 1.0, 0.0))
@@ -134,8 +157,13 @@ def _scale_rows_kernel(
 
 
 def forward(
-    logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, rows: tuple[Tensor, ...],
-    ignore_index: int, *, write_grad: bool = False,
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    rows: tuple[Tensor, ...],
+    ignore_index: int,
+    *,
+    write_grad: bool = False,
 ) -> None:
     """Fill the fields of CrossEntropyRows; `write_grad` overwrites the logits as well."""
     num_rows, num_vocab = logits_NV.shape
@@ -146,16 +174,27 @@ def forward(
     block_v = min(triton.next_power_of_2(num_vocab), widest)
     with on_device_of(logits_NV):
         _rows_kernel[(num_rows,)](
-            logits_NV, labels_N.contiguous(), _contiguous(weights_N), *rows,
-            logits_NV.stride(0), num_vocab, ignore_index,
-            WRITE_GRAD=write_grad, BLOCK_V=block_v,
+            logits_NV,
+            labels_N.contiguous(),
+            _contiguous(weights_N),
+            *rows,
+            logits_NV.stride(0),
+            num_vocab,
+            ignore_index,
+            WRITE_GRAD=write_grad,
+            BLOCK_V=block_v,
             num_warps=min(num_warps, max(block_v // 256, 1)),
         )
 
 
 def backward(
-    grad_loss_N: Tensor, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None,
-    lse_N: Tensor, ignore_index: int, out_NV: Tensor,
+    grad_loss_N: Tensor,
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    lse_N: Tensor,
+    ignore_index: int,
+    out_NV: Tensor,
 ) -> None:
     """Fill `out_NV`, which may be `logits_NV`, with the gradient of the logits."""
     num_rows, num_vocab = logits_NV.shape
@@ -165,24 +204,38 @@ def backward(
     num_blocks = triton.cdiv(num_vocab, block_v)
     with on_device_of(logits_NV):
         _grad_kernel[(num_rows * num_blocks,)](
-            grad_loss_N, logits_NV, labels_N.contiguous(), _contiguous(weights_N), lse_N, out_NV,
-            grad_loss_N.stride(0), logits_NV.stride(0), out_NV.stride(0),
-            num_vocab, num_blocks, ignore_index,
-            BLOCK_V=block_v, num_warps=min(8, max(block_v // 256, 1)),
+            grad_loss_N,
+            logits_NV,
+            labels_N.contiguous(),
+            _contiguous(weights_N),
+            lse_N,
+            out_NV,
+            grad_loss_N.stride(0),
+            logits_NV.stride(0),
+            out_NV.stride(0),
+            num_vocab,
+            num_blocks,
+            ignore_index,
+            BLOCK_V=block_v,
+            num_warps=min(8, max(block_v // 256, 1)),
         )
 
 
-def scale_rows(
-    x_ND: Tensor, grad_loss_N: Tensor, weights_N: Tensor | None, out_ND: Tensor
-) -> None:
+def scale_rows(x_ND: Tensor, grad_loss_N: Tensor, weights_N: Tensor | None, out_ND: Tensor) -> None:
     """out = x * (grad_loss * weight) per row, in fp32, rounded once."""
     if x_ND.numel() == 0:
         return
     block_d = min(triton.next_power_of_2(x_ND.shape[1]), 4096)
     with on_device_of(x_ND):
         _scale_rows_kernel[(x_ND.shape[0],)](
-            x_ND, grad_loss_N, _contiguous(weights_N), out_ND, grad_loss_N.stride(0),
-            x_ND.shape[1], BLOCK_D=block_d, num_warps=min(4, max(block_d // 256, 1)),
+            x_ND,
+            grad_loss_N,
+            _contiguous(weights_N),
+            out_ND,
+            grad_loss_N.stride(0),
+            x_ND.shape[1],
+            BLOCK_D=block_d,
+            num_warps=min(4, max(block_d // 256, 1)),
         )
 
 

@@ -77,6 +77,7 @@ def autograd_function(
     name: str, forward: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
     """The autograd formula of a custom op for plain calls."""
+
     def forward_(ctx: Any, *inputs: Any) -> Any:
         output = forward(*inputs)
         setup_context(ctx, inputs, output)

@@ -109,8 +109,12 @@ def _(logits_NV, teacher_NK, teacher_ids_NK, weights_N):
 
 
 def _grad_logits(
-    grad_loss_N: Tensor, logits_NV: Tensor, teacher_NK: Tensor, teacher_ids_NK: Tensor,
-    weights_N: Tensor | None, lse_N: Tensor,
+    grad_loss_N: Tensor,
+    logits_NV: Tensor,
+    teacher_NK: Tensor,
+    teacher_ids_NK: Tensor,
+    weights_N: Tensor | None,
+    lse_N: Tensor,
 ) -> Tensor:
     from lw_kernels import cross_entropy_triton as kernels
 

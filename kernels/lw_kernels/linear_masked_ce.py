@@ -63,8 +63,12 @@ def linear_masked_ce(
     device = hidden_ND.device.type
     if choose("linear_masked_ce", impl, device, (hidden_ND.dtype,)) == "torch":
         return linear_masked_ce_ref(
-            hidden_ND, weight_VD, labels_N,
-            bias_V=bias_V, weights_N=weights_N, ignore_index=ignore_index,
+            hidden_ND,
+            weight_VD,
+            labels_N,
+            bias_V=bias_V,
+            weights_N=weights_N,
+            ignore_index=ignore_index,
         )
     if chunk_rows is None:
         num_rows, num_vocab = hidden_ND.shape[0], weight_VD.shape[0]
@@ -134,8 +138,14 @@ def _check(
 
 
 def _forward(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor,
-    weights_N: Tensor | None, ignore_index: int, chunk_rows: int, need_grad: bool,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    ignore_index: int,
+    chunk_rows: int,
+    need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lw_kernels import cross_entropy_triton as kernels
 
@@ -151,8 +161,12 @@ def _forward(
         else:
             torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=logits)
         kernels.forward(
-            logits, labels_N[part], None if weights_N is None else weights_N[part],
-            tuple(field[part] for field in rows), ignore_index, write_grad=need_grad,
+            logits,
+            labels_N[part],
+            None if weights_N is None else weights_N[part],
+            tuple(field[part] for field in rows),
+            ignore_index,
+            write_grad=need_grad,
         )
         if need_grad:
             torch.mm(logits, weight_VD, out=grad_ND[part])

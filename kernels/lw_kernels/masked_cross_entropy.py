@@ -100,8 +100,11 @@ def masked_cross_entropy_ref(
         keep_N = keep_N & ~nll_N.isnan()
     wide = nll_N.dtype if nll_N.dtype.itemsize > 4 else torch.float32
     return CrossEntropyRows(
-        loss_N.to(wide), nll_N.detach().to(wide), lse_N.to(wide),
-        keep_N & (above_N < 1), keep_N & (above_N < 5),
+        loss_N.to(wide),
+        nll_N.detach().to(wide),
+        lse_N.to(wide),
+        keep_N & (above_N < 1),
+        keep_N & (above_N < 5),
     )
 
 
@@ -132,7 +135,10 @@ def new_rows(like: Tensor, num_rows: int) -> RowTensors:
 
 
 def _forward(
-    logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, ignore_index: int,
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    ignore_index: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lw_kernels import cross_entropy_triton as kernels
@@ -153,8 +159,12 @@ def _(logits_NV, labels_N, weights_N, ignore_index, inplace_backward):
 
 
 def _grad_logits(
-    grad_loss_N: Tensor, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None,
-    lse_N: Tensor, ignore_index: int,
+    grad_loss_N: Tensor,
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    lse_N: Tensor,
+    ignore_index: int,
 ) -> Tensor:
     from lw_kernels import cross_entropy_triton as kernels
 
@@ -179,14 +189,16 @@ def _(grad_loss_N, logits_NV, labels_N, weights_N, lse_N, ignore_index):
 # itself refuses a second backward pass and any other op that had saved them.
 @torch.library.custom_op("lw_kernels::masked_cross_entropy_backward_", mutates_args=("logits_NV",))
 def _backward_op_(
-    grad_loss_N: Tensor, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None,
-    lse_N: Tensor, ignore_index: int,
+    grad_loss_N: Tensor,
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    lse_N: Tensor,
+    ignore_index: int,
 ) -> None:
     from lw_kernels import cross_entropy_triton as kernels
 
-    kernels.backward(
-        grad_loss_N, logits_NV, labels_N, weights_N, lse_N, ignore_index, logits_NV
-    )
+    kernels.backward(grad_loss_N, logits_NV, labels_N, weights_N, lse_N, ignore_index, logits_NV)
 
 
 def _setup_context(ctx, inputs, output):

@@ -85,20 +85,34 @@ def prefix_concat(
     dtypes = (raw_BMD.dtype, embed_VD.dtype)
     if choose("prefix_concat", impl, raw_BMD.device.type, dtypes, wide) == "torch":
         return prefix_concat_ref(
-            raw_BMD, embed_VD, tail_ids_BT, tail_lengths_B, head_ids_H=head_ids_H,
-            calibration=calibration, target_rms=target_rms, gain=gain, bound=bound, eps=eps,
+            raw_BMD,
+            embed_VD,
+            tail_ids_BT,
+            tail_lengths_B,
+            head_ids_H=head_ids_H,
+            calibration=calibration,
+            target_rms=target_rms,
+            gain=gain,
+            bound=bound,
+            eps=eps,
             packed_rows=packed_rows,
         )
     scale = gain if calibration == "none" else gain * target_rms
     plain = is_plain(raw_BMD, embed_VD)
     embeds, positions, mask, cu_seqlens, _ = (_Plain.apply if plain else _prefix_concat)(
-        raw_BMD, embed_VD, head_ids_H, tail_ids_BT, tail_lengths_B,
-        calibration, scale, bound, eps, -1 if packed_rows is None else packed_rows,
+        raw_BMD,
+        embed_VD,
+        head_ids_H,
+        tail_ids_BT,
+        tail_lengths_B,
+        calibration,
+        scale,
+        bound,
+        eps,
+        -1 if packed_rows is None else packed_rows,
     )
     packed = packed_rows is not None
-    return PrefixConcat(
-        embeds, positions, None if packed else mask, cu_seqlens if packed else None
-    )
+    return PrefixConcat(embeds, positions, None if packed else mask, cu_seqlens if packed else None)
 
 
 def prefix_concat_ref(
@@ -122,7 +136,11 @@ def prefix_concat_ref(
     head_ids_H = tail_ids_BT.new_empty(0) if head_ids_H is None else head_ids_H
     prefix_BMD = _calibrate(
         raw_BMD.float() if upcast and raw_BMD.dtype.itemsize < 4 else raw_BMD,
-        calibration, target_rms, gain, bound, eps,
+        calibration,
+        target_rms,
+        gain,
+        bound,
+        eps,
     ).to(embed_VD.dtype)
 
     lengths_B = tail_lengths_B.clamp(0, num_tail)
@@ -167,8 +185,13 @@ def _pack(embeds_BSD: Tensor, positions_BS: Tensor, mask_BS: Tensor, num_rows: i
 
 
 def _check(
-    raw: Tensor, embed: Tensor, head_ids: Tensor, tail_ids: Tensor, lengths: Tensor,
-    calibration: str, packed_rows: int | None,
+    raw: Tensor,
+    embed: Tensor,
+    head_ids: Tensor,
+    tail_ids: Tensor,
+    lengths: Tensor,
+    calibration: str,
+    packed_rows: int | None,
 ) -> None:
     if raw.dim() != 3 or embed.dim() != 2 or raw.shape[2] != embed.shape[1]:
         raise ValueError(
@@ -197,8 +220,15 @@ def _check(
 
 
 def _forward(
-    raw_BMD: Tensor, embed_VD: Tensor, head_ids_H: Tensor, tail_ids_BT: Tensor,
-    tail_lengths_B: Tensor, calibration: str, scale: float, bound: float, eps: float,
+    raw_BMD: Tensor,
+    embed_VD: Tensor,
+    head_ids_H: Tensor,
+    tail_ids_BT: Tensor,
+    tail_lengths_B: Tensor,
+    calibration: str,
+    scale: float,
+    bound: float,
+    eps: float,
     packed_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lw_kernels import prefix_concat_triton as kernels
@@ -206,9 +236,16 @@ def _forward(
     outputs = _new_outputs(raw_BMD, embed_VD, head_ids_H, tail_ids_BT, packed_rows)
     if outputs[0].numel() or raw_BMD.shape[0]:
         kernels.forward(
-            unit_stride(raw_BMD), unit_stride(embed_VD), head_ids_H.contiguous(),
-            unit_stride(tail_ids_BT), tail_lengths_B.contiguous(), *outputs,
-            calibration=calibration, scale=scale, bound=bound, eps=eps,
+            unit_stride(raw_BMD),
+            unit_stride(embed_VD),
+            head_ids_H.contiguous(),
+            unit_stride(tail_ids_BT),
+            tail_lengths_B.contiguous(),
+            *outputs,
+            calibration=calibration,
+            scale=scale,
+            bound=bound,
+            eps=eps,
         )
     elif packed_rows >= 0:
         outputs[3].zero_()
@@ -219,8 +256,18 @@ _prefix_concat = torch.library.custom_op("lw_kernels::prefix_concat", _forward, 
 
 
 @_prefix_concat.register_fake
-def _(raw_BMD, embed_VD, head_ids_H, tail_ids_BT, tail_lengths_B,
-      calibration, scale, bound, eps, packed_rows):
+def _(
+    raw_BMD,
+    embed_VD,
+    head_ids_H,
+    tail_ids_BT,
+    tail_lengths_B,
+    calibration,
+    scale,
+    bound,
+    eps,
+    packed_rows,
+):
     return _new_outputs(raw_BMD, embed_VD, head_ids_H, tail_ids_BT, packed_rows)
 
 
@@ -241,16 +288,31 @@ def _new_outputs(
 
 
 def _grad_raw(
-    grad_embeds: Tensor, raw_BMD: Tensor, cu_seqlens: Tensor, sumsq_BM: Tensor, num_head: int,
-    calibration: str, scale: float, bound: float, eps: float,
+    grad_embeds: Tensor,
+    raw_BMD: Tensor,
+    cu_seqlens: Tensor,
+    sumsq_BM: Tensor,
+    num_head: int,
+    calibration: str,
+    scale: float,
+    bound: float,
+    eps: float,
 ) -> Tensor:
     from lw_kernels import prefix_concat_triton as kernels
 
     grad_raw_BMD = torch.empty_like(raw_BMD, memory_format=torch.contiguous_format)
     if grad_raw_BMD.numel():
         kernels.backward(
-            grad_embeds.contiguous(), unit_stride(raw_BMD), cu_seqlens, sumsq_BM, grad_raw_BMD,
-            num_head=num_head, calibration=calibration, scale=scale, bound=bound, eps=eps,
+            grad_embeds.contiguous(),
+            unit_stride(raw_BMD),
+            cu_seqlens,
+            sumsq_BM,
+            grad_raw_BMD,
+            num_head=num_head,
+            calibration=calibration,
+            scale=scale,
+            bound=bound,
+            eps=eps,
         )
     return grad_raw_BMD
 
@@ -279,8 +341,13 @@ def _backward(ctx, grad_embeds, *_):
     if grad_embeds is not None:
         raw_BMD, cu_seqlens, sumsq_BM = ctx.saved_tensors
         grad_raw_BMD = run_backward(
-            _prefix_concat_backward, _grad_raw,
-            grad_embeds, raw_BMD, cu_seqlens, sumsq_BM, *ctx.settings,
+            _prefix_concat_backward,
+            _grad_raw,
+            grad_embeds,
+            raw_BMD,
+            cu_seqlens,
+            sumsq_BM,
+            *ctx.settings,
         )
     return grad_raw_BMD, *(None,) * 9
 

@@ -97,9 +97,21 @@ def _cu_seqlens_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _slot_dots_kernel(
-    raw_ptr, grad_ptr, cu_ptr, dots_ptr, stride_raw_b, stride_raw_m,
-    num_slots, num_head, seq_len, dim, bound,
-    BOUNDED: tl.constexpr, PACKED: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    raw_ptr,
+    grad_ptr,
+    cu_ptr,
+    dots_ptr,
+    stride_raw_b,
+    stride_raw_m,
+    num_slots,
+    num_head,
+    seq_len,
+    dim,
+    bound,
+    BOUNDED: tl.constexpr,
+    PACKED: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """dots[b, m] = <u_bm, u_bm> or, WITH_GRAD, <u_bm, g_bm>."""
     pid = tl.program_id(0)
@@ -119,16 +131,40 @@ def _slot_dots_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def _write_rows_kernel(
     # inputs (sumsq is an output of PER_SLOT and GROUP; arrived is zero, GROUP counts in it)
-    raw_ptr, embed_ptr, head_ids_ptr, tail_ids_ptr, lengths_ptr, cu_ptr, sumsq_ptr, arrived_ptr,
+    raw_ptr,
+    embed_ptr,
+    head_ids_ptr,
+    tail_ids_ptr,
+    lengths_ptr,
+    cu_ptr,
+    sumsq_ptr,
+    arrived_ptr,
     # outputs
-    embeds_ptr, positions_ptr, mask_ptr,
+    embeds_ptr,
+    positions_ptr,
+    mask_ptr,
     # strides in elements; the last dimension is contiguous everywhere
-    stride_raw_b, stride_raw_m, stride_embed, stride_tail,
+    stride_raw_b,
+    stride_raw_m,
+    stride_embed,
+    stride_tail,
     # sizes
-    num_examples, num_head, num_slots, num_tail, num_rows, dim, num_vocab,
-    scale, bound, eps,
-    MODE: tl.constexpr, GROUP: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    num_examples,
+    num_head,
+    num_slots,
+    num_tail,
+    num_rows,
+    dim,
+    num_vocab,
+    scale,
+    bound,
+    eps,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Row s of example b of the LM's input, with its position and mask."""
     pid = tl.program_id(0)
@@ -192,14 +228,30 @@ def _write_rows_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def _slot_grad_kernel(
     # inputs (dots is an output of GROUP, arrived as in the forward pass)
-    grad_ptr, raw_ptr, cu_ptr, sumsq_ptr, dots_ptr, arrived_ptr,
+    grad_ptr,
+    raw_ptr,
+    cu_ptr,
+    sumsq_ptr,
+    dots_ptr,
+    arrived_ptr,
     # output
     grad_raw_ptr,
-    stride_raw_b, stride_raw_m,
-    num_slots, num_head, seq_len, num_rows, dim,
-    scale, bound, eps,
-    MODE: tl.constexpr, GROUP: tl.constexpr, BOUNDED: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    stride_raw_b,
+    stride_raw_m,
+    num_slots,
+    num_head,
+    seq_len,
+    num_rows,
+    dim,
+    scale,
+    bound,
+    eps,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Gradient of slot m of example b."""
     pid = tl.program_id(0)
@@ -239,9 +291,21 @@ def _slot_grad_kernel(
 
 
 def forward(
-    raw_BMD: Tensor, embed_VD: Tensor, head_ids_H: Tensor, tail_ids_BT: Tensor,
-    tail_lengths_B: Tensor, embeds: Tensor, positions: Tensor, mask: Tensor, cu_seqlens: Tensor,
-    sumsq_BM: Tensor, *, calibration: str, scale: float, bound: float, eps: float,
+    raw_BMD: Tensor,
+    embed_VD: Tensor,
+    head_ids_H: Tensor,
+    tail_ids_BT: Tensor,
+    tail_lengths_B: Tensor,
+    embeds: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    sumsq_BM: Tensor,
+    *,
+    calibration: str,
+    scale: float,
+    bound: float,
+    eps: float,
 ) -> None:
     """Fill embeds, positions, mask or cu_seqlens, and sumsq (not with calibration "none")."""
     num_examples, num_slots, dim = raw_BMD.shape
@@ -258,25 +322,67 @@ def forward(
             )
         if calibration == "per_example" and not group and sumsq_BM.numel():
             _slot_dots_kernel[(num_examples * num_slots,)](
-                raw_BMD, embeds, cu_seqlens, sumsq_BM, *raw_BMD.stride()[:2],
-                num_slots, num_head, num_fixed + num_tail, dim, bound,
-                BOUNDED=bound > 0, PACKED=packed, WITH_GRAD=False,
-                BLOCK_D=blocks["BLOCK_D"], num_warps=blocks["num_warps"],
+                raw_BMD,
+                embeds,
+                cu_seqlens,
+                sumsq_BM,
+                *raw_BMD.stride()[:2],
+                num_slots,
+                num_head,
+                num_fixed + num_tail,
+                dim,
+                bound,
+                BOUNDED=bound > 0,
+                PACKED=packed,
+                WITH_GRAD=False,
+                BLOCK_D=blocks["BLOCK_D"],
+                num_warps=blocks["num_warps"],
             )
         if embeds.numel():
             _write_rows_kernel[(num_examples * (num_fixed + num_tail),)](
-                raw_BMD, embed_VD, head_ids_H, tail_ids_BT, tail_lengths_B, cu_seqlens, sumsq_BM,
-                arrived_B, embeds, positions, mask,
-                *raw_BMD.stride()[:2], embed_VD.stride(0), tail_ids_BT.stride(0),
-                num_examples, num_head, num_slots, num_tail, positions.numel(), dim,
-                embed_VD.shape[0], scale, bound, eps,
-                MODE=MODES[calibration], GROUP=group, BOUNDED=bound > 0, PACKED=packed, **blocks,
+                raw_BMD,
+                embed_VD,
+                head_ids_H,
+                tail_ids_BT,
+                tail_lengths_B,
+                cu_seqlens,
+                sumsq_BM,
+                arrived_B,
+                embeds,
+                positions,
+                mask,
+                *raw_BMD.stride()[:2],
+                embed_VD.stride(0),
+                tail_ids_BT.stride(0),
+                num_examples,
+                num_head,
+                num_slots,
+                num_tail,
+                positions.numel(),
+                dim,
+                embed_VD.shape[0],
+                scale,
+                bound,
+                eps,
+                MODE=MODES[calibration],
+                GROUP=group,
+                BOUNDED=bound > 0,
+                PACKED=packed,
+                **blocks,
             )
 
 
 def backward(
-    grad_embeds: Tensor, raw_BMD: Tensor, cu_seqlens: Tensor, sumsq_BM: Tensor,
-    grad_raw_BMD: Tensor, *, num_head: int, calibration: str, scale: float, bound: float,
+    grad_embeds: Tensor,
+    raw_BMD: Tensor,
+    cu_seqlens: Tensor,
+    sumsq_BM: Tensor,
+    grad_raw_BMD: Tensor,
+    *,
+    num_head: int,
+    calibration: str,
+    scale: float,
+    bound: float,
     eps: float,
 ) -> None:
     """Fill grad_raw from the contiguous gradient of the embeddings."""
@@ -294,17 +400,44 @@ def backward(
             arrived_B = sumsq_BM.new_zeros(num_examples, dtype=torch.int32)
         elif calibration == "per_example":
             _slot_dots_kernel[grid](
-                raw_BMD, grad_embeds, cu_seqlens, dots_BM, *raw_BMD.stride()[:2],
-                num_slots, num_head, seq_len, dim, bound,
-                BOUNDED=bound > 0, PACKED=packed, WITH_GRAD=True,
-                BLOCK_D=blocks["BLOCK_D"], num_warps=blocks["num_warps"],
+                raw_BMD,
+                grad_embeds,
+                cu_seqlens,
+                dots_BM,
+                *raw_BMD.stride()[:2],
+                num_slots,
+                num_head,
+                seq_len,
+                dim,
+                bound,
+                BOUNDED=bound > 0,
+                PACKED=packed,
+                WITH_GRAD=True,
+                BLOCK_D=blocks["BLOCK_D"],
+                num_warps=blocks["num_warps"],
             )
         _slot_grad_kernel[grid](
-            grad_embeds, raw_BMD, cu_seqlens, sumsq_BM, dots_BM, arrived_B, grad_raw_BMD,
+            grad_embeds,
+            raw_BMD,
+            cu_seqlens,
+            sumsq_BM,
+            dots_BM,
+            arrived_B,
+            grad_raw_BMD,
             *raw_BMD.stride()[:2],
-            num_slots, num_head, seq_len, grad_embeds.numel() // dim, dim,
-            scale, bound, eps,
-            MODE=MODES[calibration], GROUP=group, BOUNDED=bound > 0, PACKED=packed, **blocks,
+            num_slots,
+            num_head,
+            seq_len,
+            grad_embeds.numel() // dim,
+            dim,
+            scale,
+            bound,
+            eps,
+            MODE=MODES[calibration],
+            GROUP=group,
+            BOUNDED=bound > 0,
+            PACKED=packed,
+            **blocks,
         )
 
 

@@ -20,7 +20,10 @@ def test_kernels_benchmark_writes_rows_table_and_plot(tmp_path):
     env = dict(os.environ, PYTHONPATH=str(ROOT / "kernels"), OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "kernels.py", "--out_dir", tmp_path],
-        env=env, capture_output=True, text=True, timeout=120,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "failed" not in done.stdout

@@ -18,7 +18,9 @@ def make(num_rows: int, num_vocab: int, dim: int, dtype: torch.dtype, ignored: f
     hidden[::2] += weight[labels[::2]] * (40 / dim)
     labels[torch.rand(num_rows, **on) < ignored] = -100
     return {
-        "hidden": hidden.to(dtype), "weight": weight.to(dtype), "labels": labels,
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
+        "labels": labels,
         "bias": torch.randn(num_vocab, **on).to(dtype),
         "weights": torch.rand(num_rows, **on) + 0.5,
     }
@@ -29,8 +31,12 @@ def run(x: dict, fn=linear_masked_ce, wide: bool = False, bias: bool = True, **k
     cast = (lambda t: t.double()) if wide else (lambda t: t)
     hidden = cast(x["hidden"].detach()).requires_grad_()
     rows = fn(
-        hidden, cast(x["weight"]), x["labels"], bias_V=cast(x["bias"]) if bias else None,
-        weights_N=cast(x["weights"]), **kwargs,
+        hidden,
+        cast(x["weight"]),
+        x["labels"],
+        bias_V=cast(x["bias"]) if bias else None,
+        weights_N=cast(x["weights"]),
+        **kwargs,
     )
     factors = torch.linspace(0.5, 1.5, hidden.shape[0], device=hidden.device).to(rows.loss)
     return rows, torch.autograd.grad(rows.loss, hidden, factors)[0]

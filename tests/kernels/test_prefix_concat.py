@@ -40,7 +40,9 @@ class Case:
     @property
     def settings(self) -> dict:
         return {
-            "calibration": self.calibration, "target_rms": 0.3, "gain": self.gain,
+            "calibration": self.calibration,
+            "target_rms": 0.3,
+            "gain": self.gain,
             "bound": self.bound,
         }
 
@@ -54,8 +56,14 @@ def run(case: Case, inputs: dict, fn=prefix_concat, wide: bool = False, **kwargs
     real = inputs["lengths"].clamp(0, inputs["tail_ids"].shape[1]).sum().item()
     rows = real + case.batch * (case.head + case.slots) if case.packed else None
     out = fn(
-        raw, embed, inputs["tail_ids"], inputs["lengths"], head_ids_H=inputs["head_ids"],
-        packed_rows=rows, **case.settings, **kwargs,
+        raw,
+        embed,
+        inputs["tail_ids"],
+        inputs["lengths"],
+        head_ids_H=inputs["head_ids"],
+        packed_rows=rows,
+        **case.settings,
+        **kwargs,
     )
     weights = torch.randn(out.embeds.shape, **seeded(9))
     weights = weights.to(inputs["embed"]).to(out.embeds)
@@ -102,13 +110,41 @@ def test_matches_the_reference(case):
 
 REAL = [
     Case(batch=64, slots=32, dim=4096, tail=8, vocab=128256, raw=BF16, embed=BF16),
-    Case(batch=64, slots=32, dim=3584, tail=8, head=0, vocab=9000, raw=BF16, embed=BF16,
-         calibration="per_example", packed=True),
+    Case(
+        batch=64,
+        slots=32,
+        dim=3584,
+        tail=8,
+        head=0,
+        vocab=9000,
+        raw=BF16,
+        embed=BF16,
+        calibration="per_example",
+        packed=True,
+    ),
     Case(batch=37, slots=32, dim=4096, tail=9, vocab=9000, raw=F32, embed=BF16, bound=3.0),
-    Case(batch=33, slots=123, dim=896, tail=5, vocab=9000, raw=BF16, embed=BF16, bound=3.0,
-         calibration="per_example"),
-    Case(batch=300, slots=77, dim=256, tail=5, vocab=900, raw=F32, embed=F32,
-         calibration="per_example", packed=True),
+    Case(
+        batch=33,
+        slots=123,
+        dim=896,
+        tail=5,
+        vocab=9000,
+        raw=BF16,
+        embed=BF16,
+        bound=3.0,
+        calibration="per_example",
+    ),
+    Case(
+        batch=300,
+        slots=77,
+        dim=256,
+        tail=5,
+        vocab=900,
+        raw=F32,
+        embed=F32,
+        calibration="per_example",
+        packed=True,
+    ),
     Case(batch=3, slots=600, dim=64, tail=3, vocab=90, calibration="per_example"),
     Case(batch=9, slots=1, dim=64, tail=3, vocab=90, calibration="per_example"),
     Case(batch=5, slots=1, dim=123, tail=3, vocab=9000, raw=F32, embed=F32, packed=True),
@@ -203,8 +239,14 @@ def test_spare_packed_rows_are_zero_and_missing_ones_are_loud():
 
     def packed(rows: int, impl: str) -> PrefixConcat:
         return prefix_concat(
-            inputs["raw"], inputs["embed"], inputs["tail_ids"], inputs["lengths"],
-            head_ids_H=inputs["head_ids"], packed_rows=rows, impl=impl, **case.settings,
+            inputs["raw"],
+            inputs["embed"],
+            inputs["tail_ids"],
+            inputs["lengths"],
+            head_ids_H=inputs["head_ids"],
+            packed_rows=rows,
+            impl=impl,
+            **case.settings,
         )
 
     exact = packed(16, "triton")
@@ -273,8 +315,16 @@ def test_user_errors():
 def test_opcheck(packed_rows):
     x = Case().inputs()
     args = (
-        x["raw"].requires_grad_(), x["embed"], x["head_ids"], x["tail_ids"], x["lengths"],
-        "per_slot", 0.3, 3.0, 1e-12, packed_rows,
+        x["raw"].requires_grad_(),
+        x["embed"],
+        x["head_ids"],
+        x["tail_ids"],
+        x["lengths"],
+        "per_slot",
+        0.3,
+        3.0,
+        1e-12,
+        packed_rows,
     )
     torch.library.opcheck(_prefix_concat, args)
 

@@ -36,7 +36,6 @@ test: install-dev
 lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy lw_fast
 
 bench: install-dev
 	$(BIN)/python benchmarks/kernels.py --quick

@@ -354,7 +354,7 @@ def test_channel_spans_stay_on_one_line_and_wordless_contexts_give_none():
 
 
 @given(
-    st.text(st.sampled_from("ab1 \n.,\"(\u201c\u2014e\u0301\u0939\u093f\U0001f600$"), max_size=60),
+    st.text(st.sampled_from('ab1 \n.,"(\u201c\u2014e\u0301\u0939\u093f\U0001f600$'), max_size=60),
     st.integers(0, 2**32),
 )
 def test_channel_spans_are_exact_whole_words(context, seed):

@@ -91,7 +91,11 @@ def test_flags_exist(path):
     """Each --flag that a document names is one of ours, or a launcher's."""
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+(?![\w-])", read(path)))
     ours = {option for make in PARSERS.values() for option in make()._option_string_actions}
-    scripts = [*ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("lw_fast/**/*.py")]
+    scripts = [
+        *ROOT.glob("launch/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("lw_fast/**/*.py"),
+    ]
     elsewhere = {
         flag for script in scripts for flag in re.findall(r'"(--[a-z0-9_]+)"', read(script))
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -214,8 +215,10 @@ def test_finished_runs_are_not_repeated(tmp_path, quick):
 def test_one_run_per_device(tmp_path, quick):
     sweep, jobs, seen = run_queue(tmp_path, "1,3,2", devices=("0", "7"))
     assert max(states.count("running") for states in seen) == 2
-    assert {job.device for job in jobs} == {"0", "7"}
-    assert "gpus '0'" in sweep.log("lr=1.0").read_text()
+    logs = [sweep.log(job.name).read_text() for job in jobs]
+    used = {device for log in logs for device in re.findall(r"gpus '(\d)'", log)}
+    assert used == {"0", "7"}
+    assert "gpus '0'" in logs[0]
 
 
 def test_hopeless_runs_are_stopped(tmp_path, quick):

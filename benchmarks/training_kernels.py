@@ -31,7 +31,9 @@ from lw_fast.config import FIELDS, build_config
 from lw_fast.engine import build_engine, init_world
 from lw_fast.meters import peak_memory, reset_peak_memory
 from lw_fast.model import build_bridge
-from lw_fast.train import Run, setup_run, train_step
+from lw_fast.train import setup_run
+from lw_fast.train_step import train_step
+from lw_fast.training_run import Run
 
 WARM_UP = 10
 

@@ -16,39 +16,25 @@ import dataclasses
 import logging
 import math
 import signal
-import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lw_fast import checkpoint, run_folder
-from lw_fast.batches import Order, Tables, micro_slices
-from lw_fast.bridge import STATS, StepCounts, step_loss
-from lw_fast.config import Config, to_dict
-from lw_fast.data import Example
-from lw_fast.engine import Engine, PlainEngine, World, build_engine
+from lw_fast.batches import Order, micro_slices
+from lw_fast.config import Config
+from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.evaluate import asked_for, evaluate, table_rows
-from lw_fast.frozen_lm import FrozenLM
-from lw_fast.losses import first_token_weight
-from lw_fast.meters import LMCost, Meter, max_over_ranks, peak_memory
-from lw_fast.model import (
-    LatentModel,
-    build_bridge,
-    build_model,
-    evaluation_examples,
-    join_state,
-    split_state,
-    training_examples,
-)
-from lw_fast.optim import lr_factor, part_norms
+from lw_fast.meters import LMCost, Meter
+from lw_fast.model import build_bridge, build_model, evaluation_examples, training_examples
 from lw_fast.progress import Progress
+from lw_fast.train_log import log_row
+from lw_fast.train_step import train_step
+from lw_fast.training_run import AfterEvaluation, Run, resume_run, save, start_from
 
 logger = logging.getLogger(__name__)
 
@@ -59,48 +45,6 @@ class NonFiniteLoss(UserError):
 
 class Interrupted(Exception):
     """SIGINT or SIGTERM was obeyed: the run is saved."""
-
-
-AfterEvaluation = Callable[["Run", Mapping[str, Any]], None]
-"""Sees the metrics of an epoch on every rank, and may change the run before the next one."""
-
-
-@dataclass
-class Run:
-    """Everything the loop holds."""
-
-    config: Config
-    run_dir: Path
-    world: World
-    model: LatentModel
-    tables: Tables
-    eval_examples: list[Example]
-    engine: Engine
-    order: Order
-    meter: Meter
-    global_step: int = 0
-    stop_requested: bool = False
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """What was logged since the last row, on the device."""
-    rms: dict[str, Tensor] = field(default_factory=dict)
-    """Per LM: [sum of raw prefix RMS, examples], over the epoch."""
-    writer: Any = None
-    """TensorBoard's, from the first row on."""
-    part_norms: Mapping[str, Tensor] = field(default_factory=dict)
-    """Gradient norms of the parts in the step that is logged next."""
-    after_evaluation: AfterEvaluation | None = None
-    finished: bool = False
-    """Set by it to end the run after this epoch."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.order.steps_per_epoch * self.config.optim.epochs
-
-    @property
-    def epoch(self) -> int:
-        """Finished epochs."""
-        return self.global_step // self.order.steps_per_epoch
 
 
 def train(
@@ -130,9 +74,9 @@ def train(
         run = setup_run(config, world, run_dir, ds_config)
         run.after_evaluation = after_evaluation
         if resume:
-            _resume(run, start)
+            resume_run(run, start)
         elif start is not None:
-            _init_from(run, start)
+            start_from(run, start)
         try:
             with _stop_on_signals(run):
                 return _loop(run)
@@ -222,12 +166,12 @@ def _loop(run: Run) -> dict[str, Any] | None:
             run.global_step += 1
             last = run.global_step == run.total_steps
             epoch_ends = run.global_step % run.order.steps_per_epoch == 0
-            if _is_logged(run, run.global_step):
+            if run.is_logged(run.global_step):
                 _check_finite(run, norm)
-                progress.update(run.global_step, _log(run, norm))
+                progress.update(run.global_step, log_row(run, norm))
             if _must_stop(run):
                 _check_finite(run, norm)
-                _save(run, f"epoch{run.epoch}" if epoch_ends else f"step{run.global_step}")
+                save(run, f"epoch{run.epoch}" if epoch_ends else f"step{run.global_step}")
                 raise Interrupted(f"stopped after step {run.global_step}; --resume continues")
             if epoch_ends:
                 _check_finite(run, norm)
@@ -235,149 +179,8 @@ def _loop(run: Run) -> dict[str, Any] | None:
             elif config.run.save_every and run.global_step % config.run.save_every == 0:
                 _check_finite(run, norm)
                 with run.meter.paused():
-                    _save(run, f"step{run.global_step}")
+                    save(run, f"step{run.global_step}")
     return metrics
-
-
-def train_step(run: Run) -> Tensor:
-    """One optimiser step; returns the gradient norm (0-d, not waited for)."""
-    config, step = run.config, run.global_step
-    index = run.order.step(step)
-    gold = gold_span_draws(config, step, run.total_steps, len(index))
-    lms = lms_of_step(config, step, run.model.lms)
-    answers = {name: run.tables.answers[name] for name in lms}
-    weight = first_token_weight(config.loss, step, run.total_steps)
-    loss_config = dataclasses.replace(config.loss, first_token_ce_weight=weight)
-    counts = StepCounts(
-        examples=len(index),
-        spans=run.tables.sources.num_spans(index),
-        rows={name: table.num_targets(index) for name, table in answers.items()},
-    )
-    slices = micro_slices(len(index), run.world.rank, run.world.size, config.micro_batch)
-    run.engine.module.train()
-    positions = dict.fromkeys(answers, 0)
-    for number, part in enumerate(slices):
-        torch.manual_seed(_dropout_seed(config, step, run.world.rank, number))
-        batches = {name: table.batch(index[part]) for name, table in answers.items()}
-        source = run.model.batch(run.tables.sources, index[part], gold[part])
-        output = run.engine(source)
-        loss, sums = step_loss(
-            output, source, batches, lms, run.model.bridge, counts,
-            loss_config, config.encoder.span_weight,
-        )  # fmt: skip
-        run.engine.backward(loss, last=number == len(slices) - 1)
-        _accumulate(run, sums, output.raw_rms)
-        for name, batch in batches.items():
-            positions[name] += batch.num_positions * run.world.size
-    run.meter.step(
-        samples=len(index),
-        source_bytes=int(run.tables.sources.num_bytes_N[index].sum()),
-        positions=positions,
-        supervised_tokens=dict(counts.rows),
-    )
-    _add(run.sums, "counts", _counts(counts, list(run.model.lms)))
-    if isinstance(run.engine, PlainEngine) and _is_logged(run, step + 1):
-        run.part_norms = part_norms(run.engine.module)  # DeepSpeed keeps no gradient to look at
-    return run.engine.step(lr_factor(step, run.total_steps, config.optim))
-
-
-def lms_of_step(config: Config, step: int, lms: Mapping[str, FrozenLM]) -> Mapping[str, FrozenLM]:
-    """The LMs that a step trains through: all, or a drawn one. The same on every rank."""
-    if config.loss.lms_per_step == "all":
-        return lms
-    name = np.random.default_rng((config.optim.seed, step, _LM_DRAWS)).choice(list(lms))
-    return {str(name): lms[str(name)]}
-
-
-_LM_DRAWS = 1
-"""Tells these draws from those of gold_span_draws."""
-
-
-def gold_span_draws(config: Config, step: int, total_steps: int, num: int) -> np.ndarray:
-    """Which examples of a step get the gold span in their copy slots: a share that falls linearly
-    from all to none over the first `gold_span_until` of the run. The same for any world size."""
-    until = config.encoder.gold_span_until * total_steps
-    share = max(0.0, 1.0 - step / until) if until else 0.0
-    return np.random.default_rng((config.optim.seed, step)).random(num) < share
-
-
-def _dropout_seed(config: Config, step: int, rank: int, micro: int) -> int:
-    """Dropout depends on where in the run we are, not on how we got there: resuming is exact."""
-    return int(np.random.SeedSequence((config.optim.seed, step, rank, micro)).generate_state(1)[0])
-
-
-# ------------------------------------------------------------------------------- bookkeeping
-
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
-
-
-def _counts(counts: StepCounts, lms: Sequence[str]) -> Tensor:
-    """int64 [2 + 2 * LMs]: examples, spans, then supervised rows and examples of each LM."""
-    rows = [counts.rows.get(name, 0) for name in lms]
-    examples = [counts.examples * (name in counts.rows) for name in lms]
-    return torch.tensor([counts.examples, counts.spans, *rows, *examples])
-
-
-@torch.no_grad()
-def _accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tensor]) -> None:
-    for name, value in sums.items():
-        _add(run.sums, name, value)
-    for name, rms_B in raw_rms.items():
-        _add(run.rms, name, torch.stack([rms_B.sum(), rms_B.new_tensor(float(len(rms_B)))]))
-
-
-def _is_logged(run: Run, step: int) -> bool:
-    return step % run.config.run.log_every == 0 or step == run.total_steps
-
-
-def _log(run: Run, norm: Tensor) -> dict[str, Any]:
-    """One row for log.jsonl and TensorBoard, from what was summed since the last one."""
-    examples, spans, *per_lm = run.sums.pop("counts").tolist()
-    num_lms = len(run.model.lms)
-    sums = {name: run.world.all_reduce(value).tolist() for name, value in run.sums.items()}
-    run.sums.clear()
-    rates = run.meter.report()
-    memory = max_over_ranks(peak_memory(run.world.device), run.world.device)
-    steps = examples / run.config.optim.batch_size
-    row: dict[str, Any] = {
-        "step": run.global_step,
-        "epoch": run.global_step / run.order.steps_per_epoch,
-        "loss": sums["loss"] / steps,
-        "grad_norm": float(norm),
-        "lr_factor": lr_factor(run.global_step - 1, run.total_steps, run.config.optim),
-    }
-    row |= {f"grad_norm/{part}": float(value) for part, value in run.part_norms.items()}
-    for name, rows, seen in zip(run.model.lms, per_lm[:num_lms], per_lm[num_lms:], strict=True):
-        if not seen:  # lms_per_step=one: not drawn since the last row
-            continue
-        stats = dict(zip(STATS, sums[name], strict=True))
-        row[f"{name}/nll_token"] = stats["nll_sum"] / max(rows, 1)
-        row[f"{name}/first_nll"] = stats["first_nll_sum"] / seen
-        row[f"{name}/first_token_top1"] = stats["first_top1_sum"] / seen
-        row[f"{name}/first_token_top5"] = stats["first_top5_sum"] / seen
-    if "align" in sums:
-        row["align_loss"] = sums["align"] / examples
-    if "span" in sums:
-        row["span_loss"] = sums["span"] / max(spans, 1)
-    row |= {key: value for key, value in (rates | memory).items() if value is not None}
-    if run.world.is_main:
-        run_folder.append_row(run.run_dir, row | {"time": time.time()})
-        _tensorboard(run, row)
-    return row
-
-
-def _tensorboard(run: Run, row: Mapping[str, Any]) -> None:
-    if run.writer is None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # A resumed run logs some steps again.
-        folder = str(run.run_dir / "tensorboard")
-        run.writer = SummaryWriter(folder, purge_step=run.global_step)
-    for name, value in row.items():
-        if name not in ("step", "time"):
-            run.writer.add_scalar(name, value, run.global_step)
 
 
 def _check_finite(run: Run, norm: Tensor | None) -> None:
@@ -426,12 +229,9 @@ def _interruptible():
         signal.signal(signal.SIGINT, handler)
 
 
-# ------------------------------------------------------------------------------- checkpoints
-
-
 def _end_of_epoch(run: Run, progress: Progress, last: bool) -> dict[str, Any] | None:
     with run.meter.paused():
-        _save(run, f"epoch{run.epoch}")
+        save(run, f"epoch{run.epoch}")
         run.rms.clear()
         every = run.config.run.eval_every
         if not (last or (every and run.epoch % every == 0)):
@@ -454,89 +254,10 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
         questions = run.eval_examples[: None if last else run.config.run.smoke_samples or None]
         progress.note(f"evaluating {len(questions)} questions")
         with _interruptible():
-            metrics = evaluate(dataclasses.replace(model, bridge=bridge), questions, _eval_dir(run))
+            metrics = evaluate(dataclasses.replace(model, bridge=bridge), questions, run.eval_dir)
         progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
         for name, peek in metrics.get("debug", {}).items():
             answers = [row["answer"] for row in peek["first_generations"]]
             progress.note(f"{name} answers: {' | '.join(map(repr, answers))}")
     run.world.barrier(patient=True)
     return metrics
-
-
-def _eval_dir(run: Run) -> Path:
-    return run.run_dir / f"eval_epoch{run.epoch}"
-
-
-def _save(run: Run, name: str) -> None:
-    state, optimizer = run.engine.module_state(), run.engine.optimizer_state()
-    rms, sums = _totals(run, run.rms), _totals(run, run.sums)
-    if run.world.is_main:
-        encoder, adapters = split_state(state)
-        checkpoint.save(
-            run.run_dir,
-            name,
-            encoder=encoder,
-            adapters=adapters,
-            optimizer=optimizer,
-            progress={
-                "epoch": run.epoch,
-                "global_step": run.global_step,
-                "rms": rms,
-                "sums": sums,
-            },
-            config=to_dict(run.config),
-            stats=_training_stats(run, rms),
-            keep_last=run.config.run.keep_last,
-        )
-    run.world.barrier()
-
-
-def _totals(run: Run, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over all ranks, on the CPU; `counts` are those of all ranks already. Collective."""
-    return {
-        name: (value if name == "counts" else run.world.all_reduce(value.clone())).cpu()
-        for name, value in sums.items()
-    }
-
-
-def _training_stats(run: Run, rms: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Per LM: mean RMS of the raw prefix over the epoch, its calibrated value, the LM's own."""
-    stats = {}
-    for name, lm in run.model.lms.items():
-        total, count = rms[name].tolist()
-        raw = total / count
-        mode = run.config.adapter.calibration
-        fixed = run.config.adapter.prefix_target_rms
-        calibrated = {"none": raw, "fixed": fixed}.get(mode, lm.embed_rms)
-        stats[name] = {
-            "rms_mean_raw": raw,
-            "rms_mean_cal": calibrated,
-            "embed_rms": lm.embed_rms,
-            "count": int(count),
-        }
-    return stats
-
-
-def _init_from(run: Run, loaded: checkpoint.Checkpoint) -> None:
-    """Starts from another run's weights; adapters of LMs that it did not have stay fresh."""
-    known = {name: state for name, state in loaded.adapters.items() if name in run.model.lms}
-    _, own = split_state(run.engine.module_state())
-    run.engine.load_module_state(join_state(loaded.encoder, {**own, **known}))
-    logger.info("started from the weights of %s", loaded.path)
-
-
-def _resume(run: Run, loaded: checkpoint.Checkpoint) -> None:
-    run.engine.load_module_state(join_state(loaded.encoder, loaded.adapters))
-    run.engine.load_optimizer_state(loaded.optimizer)
-    run.global_step = loaded.progress["global_step"]
-    if run.world.is_main:  # the saved sums are those of all ranks
-        device, saved = run.world.device, loaded.progress
-        run.sums = {k: v if k == "counts" else v.to(device) for k, v in saved["sums"].items()}
-        if run.global_step % run.order.steps_per_epoch:
-            run.rms = {k: v.to(device) for k, v in saved["rms"].items()}
-    if run.world.is_main:
-        run_folder.drop_rows_after(run.run_dir, run.global_step)
-    logger.info("resumed %s at step %d", loaded.path, run.global_step)
-    evaluated = (_eval_dir(run) / "metrics.json").exists()
-    if any(run.world.all_gather(run.global_step >= run.total_steps and evaluated)):
-        raise UserError(f"nothing to resume: {loaded.path} is the end; raise --epochs to go on")

@@ -19,12 +19,12 @@ from engine_toy import (
 
 from lw_fast.engine import (
     World,
-    _pick_device,
     build_engine,
     close_world,
     init_world,
     load_ds_config,
 )
+from lw_fast.engine.world import _pick_device
 from lw_fast.errors import UserError
 
 ENGINES = {"plain": None, **ZERO}

@@ -24,9 +24,12 @@ LAYERS = (
     "sweep_points",
     "api",
     "train",
+    "train_step",
+    "train_log",
+    "training_run",
     "evaluate",
-    "diagnostics eval_files run_folder",
-    "model",
+    "diagnostics eval_files",
+    "model run_folder",
     "prompts reader",
     "decode bridge",
     "batches alignment",
@@ -72,12 +75,13 @@ def files_of(folder: str) -> list[Path]:
 
 
 def who_imports(package: str, folder: str = "lw_fast") -> set[str]:
-    return {path.stem for path in files_of(folder) if package in packages(imports(path))}
+    files = files_of(folder)
+    return {name_of(path, folder) for path in files if package in packages(imports(path))}
 
 
-def name_of(path: Path) -> str:
-    """The module of lw_fast that a file is, or is part of."""
-    return path.relative_to(ROOT / "lw_fast").parts[0].removesuffix(".py")
+def name_of(path: Path, folder: str = "lw_fast") -> str:
+    """The module of a folder that a file is, or is part of."""
+    return path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
 
 
 MODULES = {name_of(path) for path in files_of("lw_fast")} - {"__init__"}

@@ -15,13 +15,14 @@ import pytest
 import tiny
 import torch
 
-from lw_fast import checkpoint
+from lw_fast import checkpoint, train_step
 from lw_fast import train as module
 from lw_fast.config import build_config
 from lw_fast.data import load_examples
 from lw_fast.engine import World
 from lw_fast.errors import UserError
-from lw_fast.train import Interrupted, NonFiniteLoss, gold_span_draws, train
+from lw_fast.train import Interrupted, NonFiniteLoss, train
+from lw_fast.train_step import gold_span_draws
 
 ONE = World(rank=0, local_rank=0, size=1, device=tiny.CPU)
 STEPS_PER_EPOCH = 4
@@ -323,7 +324,7 @@ def test_resume_skips_a_damaged_checkpoint(whole, settings, tmp_path):
 def test_nan_stops_the_run_before_it_does_harm(settings, tmp_path, monkeypatch, step, log_every):
     """No step is taken with it, the last good checkpoint stays, and it can be resumed."""
     taken, folder = [], tmp_path / "run"
-    step_once, loss_once = module.train_step, module.step_loss
+    step_once, loss_once = train_step.train_step, train_step.step_loss
 
     def stepping(run):
         norm = step_once(run)
@@ -337,7 +338,7 @@ def test_nan_stops_the_run_before_it_does_harm(settings, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_step", stepping)
-        patch.setattr(module, "step_loss", poisoned)
+        patch.setattr(train_step, "step_loss", poisoned)
         with pytest.raises(NonFiniteLoss, match="not finite near step .* --resume") as error:
             run(folder, settings, log_every=log_every)
     assert "\n" not in str(error.value)
@@ -459,9 +460,9 @@ def test_dropout_differs_by_step_rank_and_micro_batch():
     """Everywhere in a run another mask, and the same one whenever that place is reached again."""
     config, other = tiny.config(seed=1), tiny.config(seed=2)
     places = [(c, s, r, m) for c in (config, other) for s in (0, 1) for r in (0, 1) for m in (0, 1)]
-    seeds = [module._dropout_seed(*place) for place in places]
+    seeds = [train_step._dropout_seed(*place) for place in places]
     assert len(set(seeds)) == len(places)
-    assert seeds == [module._dropout_seed(*place) for place in places]
+    assert seeds == [train_step._dropout_seed(*place) for place in places]
 
 
 # ------------------------------------------------------------------------------- it learns

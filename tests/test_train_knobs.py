@@ -13,7 +13,8 @@ from lw_fast.batches import AnswerTable
 from lw_fast.config import LossConfig
 from lw_fast.engine import World
 from lw_fast.losses import first_token_weight
-from lw_fast.train import lms_of_step, train
+from lw_fast.train import train
+from lw_fast.train_step import lms_of_step
 
 ONE = World(rank=0, local_rank=0, size=1, device=tiny.CPU)
 

@@ -1,0 +1,87 @@
+"""One optimiser step: draws, batches, losses, gradients, update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lw_fast.batches import micro_slices
+from lw_fast.bridge import StepCounts, step_loss
+from lw_fast.config import Config
+from lw_fast.engine import PlainEngine
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.losses import first_token_weight
+from lw_fast.optim import lr_factor, part_norms
+from lw_fast.train_log import accumulate, counts_row
+from lw_fast.training_run import Run
+
+
+def train_step(run: Run) -> Tensor:
+    """One optimiser step; returns the gradient norm (0-d, not waited for)."""
+    config, step = run.config, run.global_step
+    index = run.order.step(step)
+    gold = gold_span_draws(config, step, run.total_steps, len(index))
+    lms = lms_of_step(config, step, run.model.lms)
+    answers = {name: run.tables.answers[name] for name in lms}
+    weight = first_token_weight(config.loss, step, run.total_steps)
+    loss_config = dataclasses.replace(config.loss, first_token_ce_weight=weight)
+    counts = StepCounts(
+        examples=len(index),
+        spans=run.tables.sources.num_spans(index),
+        rows={name: table.num_targets(index) for name, table in answers.items()},
+    )
+    slices = micro_slices(len(index), run.world.rank, run.world.size, config.micro_batch)
+    run.engine.module.train()
+    positions = dict.fromkeys(answers, 0)
+    for number, part in enumerate(slices):
+        torch.manual_seed(_dropout_seed(config, step, run.world.rank, number))
+        batches = {name: table.batch(index[part]) for name, table in answers.items()}
+        source = run.model.batch(run.tables.sources, index[part], gold[part])
+        output = run.engine(source)
+        loss, sums = step_loss(
+            output, source, batches, lms, run.model.bridge, counts,
+            loss_config, config.encoder.span_weight,
+        )  # fmt: skip
+        run.engine.backward(loss, last=number == len(slices) - 1)
+        accumulate(run, sums, output.raw_rms)
+        for name, batch in batches.items():
+            positions[name] += batch.num_positions * run.world.size
+    run.meter.step(
+        samples=len(index),
+        source_bytes=int(run.tables.sources.num_bytes_N[index].sum()),
+        positions=positions,
+        supervised_tokens=dict(counts.rows),
+    )
+    accumulate(run, {"counts": counts_row(counts, list(run.model.lms))}, {})
+    if isinstance(run.engine, PlainEngine) and run.is_logged(step + 1):
+        run.part_norms = part_norms(run.engine.module)  # DeepSpeed keeps no gradient to look at
+    return run.engine.step(lr_factor(step, run.total_steps, config.optim))
+
+
+def lms_of_step(config: Config, step: int, lms: Mapping[str, FrozenLM]) -> Mapping[str, FrozenLM]:
+    """The LMs that a step trains through: all, or a drawn one. The same on every rank."""
+    if config.loss.lms_per_step == "all":
+        return lms
+    name = np.random.default_rng((config.optim.seed, step, _LM_DRAWS)).choice(list(lms))
+    return {str(name): lms[str(name)]}
+
+
+_LM_DRAWS = 1
+"""Tells these draws from those of gold_span_draws."""
+
+
+def gold_span_draws(config: Config, step: int, total_steps: int, num: int) -> np.ndarray:
+    """Which examples of a step get the gold span in their copy slots: a share that falls linearly
+    from all to none over the first `gold_span_until` of the run. The same for any world size."""
+    until = config.encoder.gold_span_until * total_steps
+    share = max(0.0, 1.0 - step / until) if until else 0.0
+    return np.random.default_rng((config.optim.seed, step)).random(num) < share
+
+
+def _dropout_seed(config: Config, step: int, rank: int, micro: int) -> int:
+    """Dropout depends on where in the run we are, not on how we got there: resuming is exact."""
+    return int(np.random.SeedSequence((config.optim.seed, step, rank, micro)).generate_state(1)[0])

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -127,6 +127,11 @@ class FrozenLM:
         with self._recomputing():
             output = self.model.base_model(inputs_embeds=embeds_BSD, use_cache=False)
         return output.last_hidden_state
+
+    def rerun(self, config: BackboneConfig) -> FrozenLM:
+        """The same weights, run as `config` says: its kernels, grad_ckpt and attention."""
+        self.model.set_attn_implementation(_attention(config, self.device))
+        return replace(self, kernels=config.kernels, grad_ckpt=config.grad_ckpt)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:

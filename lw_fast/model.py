@@ -65,17 +65,26 @@ class LatentModel:
         return batch if self.reader is None else self.reader(table, index, batch)
 
 
-def build_model(config: Config, device: torch.device) -> LatentModel:
-    """Loads every LM and builds a freshly initialised bridge (seeded by `seed`)."""
+def build_model(
+    config: Config, device: torch.device, lms: Mapping[str, FrozenLM] | None = None
+) -> LatentModel:
+    """Loads every LM and builds a freshly initialised bridge (seeded by `seed`).
+
+    Args:
+        lms: LMs that are in memory already, by name (`reader` for one that only reads), for
+            several runs over the same weights: they must come from the sources and the
+            `backbone_dtype` of `config`; how they run follows `config`. The others are loaded.
+    """
     if not config.lm:
         raise UserError("no frozen LM is named: give --lm.NAME SOURCE or a preset that has some")
     if taken := [name for name in config.lm if hasattr(torch.nn.ModuleDict, name)]:
         raise UserError(f"lm.{taken[0]}: PyTorch uses this name itself; choose another one")
+    known = {name: lm.rerun(config.backbone) for name, lm in (lms or {}).items()}
     lms = {
-        name: load_frozen_lm(name, source, config.backbone, device)
+        name: known.get(name) or load_frozen_lm(name, source, config.backbone, device)
         for name, source in config.lm.items()
     }
-    reader = _reader(config, lms, device)
+    reader = _reader(config, {**known, **lms}, device)
     bridge = build_bridge(config, lms, reader, device)
     return LatentModel(config, lms, reader, bridge, device)
 
@@ -171,9 +180,8 @@ def _reader(config: Config, lms: Mapping[str, FrozenLM], device: torch.device) -
         return None
     if not encoder.reader:
         raise UserError("encoder_type=lm needs --reader: the name of an LM, or a source")
-    lm = lms.get(encoder.reader) or load_frozen_lm(
-        "reader", encoder.reader, config.backbone, device
-    )
+    lm = lms.get(encoder.reader) or lms.get("reader")
+    lm = lm or load_frozen_lm("reader", encoder.reader, config.backbone, device)
     return Reader(lm, encoder.reader_layers, encoder.reader_cache)
 
 

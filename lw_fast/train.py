@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import math
 import signal
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lw_fast.config import Config
 from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.evaluate import asked_for, evaluate, table_rows
+from lw_fast.frozen_lm import FrozenLM
 from lw_fast.meters import LMCost, Meter
 from lw_fast.model import build_bridge, build_model, evaluation_examples, training_examples
 from lw_fast.progress import Progress
@@ -109,7 +111,14 @@ def _run_folder(run_dir: Path, config: Config, world: World, *, resume: bool, ov
         lock.__exit__(None, None, None)
 
 
-def setup_run(config: Config, world: World, run_dir: Path, ds_config: dict[str, Any] | None) -> Run:
+def setup_run(
+    config: Config,
+    world: World,
+    run_dir: Path,
+    ds_config: dict[str, Any] | None,
+    lms: Mapping[str, FrozenLM] | None = None,
+) -> Run:
+    """Data, LMs (`lms`: those in memory already, see build_model), bridge and engine of a run."""
     batch_size, micro = config.optim.batch_size, config.micro_batch
     if batch_size % world.size:
         raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
@@ -122,7 +131,7 @@ def setup_run(config: Config, world: World, run_dir: Path, ds_config: dict[str, 
     eval_examples = evaluation_examples(config)
     if len(examples) < batch_size:
         raise UserError(f"batch_size {batch_size} exceeds the {len(examples)} training examples")
-    model = build_model(config, world.device)
+    model = build_model(config, world.device, lms)
     tables = model.tables(examples)
     accumulation = len(micro_slices(batch_size, 0, world.size, micro))
     engine = build_engine(model.bridge, config, world, ds_config, accumulation)

@@ -131,3 +131,23 @@ def test_examples(qa_file):
     assert len(evaluated) == 5 and evaluated == evaluation_examples(config)
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_seed=1))
     assert evaluation_examples(other) != evaluated
+
+
+def test_lms_in_memory_serve_several_models(config, lm_dirs):
+    """Nothing is loaded again, and each model runs them as its own settings say."""
+    encoder = dataclasses.replace(config.encoder, reader=lm_dirs["llama"])
+    first = build_model(dataclasses.replace(config, encoder=encoder), tiny.CPU)
+    lms = {**first.lms, "reader": first.reader.lm}
+    backbone = dataclasses.replace(
+        config.backbone, kernels="torch", grad_ckpt=True, attn_implementation="eager"
+    )
+    again = dataclasses.replace(config, encoder=encoder, backbone=backbone)
+    second = build_model(again, tiny.CPU, lms)
+    assert {lm.model for lm in second.lms.values()} == {lm.model for lm in first.lms.values()}
+    assert second.reader.lm.model is first.reader.lm.model
+    qwen = second.lms["qwen"]
+    assert qwen.kernels == "torch" and qwen.grad_ckpt
+    assert qwen.model.config._attn_implementation == "eager"
+    assert first.lms["qwen"].kernels == "auto" and not first.lms["qwen"].grad_ckpt
+    for a, b in zip(first.bridge.parameters(), second.bridge.parameters(), strict=True):
+        assert torch.equal(a, b)

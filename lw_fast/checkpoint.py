@@ -236,7 +236,7 @@ class Saver:
             saver.save(run_dir, name, ...)      # waits for the one before, then returns at once
 
     The tensors must be copies that training leaves alone, as an engine's states are. A save that
-    failed raises at the next `save`, at `wait` or at the end of the block.
+    failed raises at the next `save`, `check` or `wait`, or at the end of the block.
     """
 
     def __init__(self) -> None:
@@ -247,6 +247,11 @@ class Saver:
         """Takes the arguments of the function `save`."""
         self.wait()
         self._pending = self._thread.submit(save, run_dir, name, **content)
+
+    def check(self) -> None:
+        """Raises if the last save has failed by now; does not wait for it."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> Path | None:
         """The last checkpoint, once it is on the disk; None if there is none to wait for."""

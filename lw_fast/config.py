@@ -258,6 +258,11 @@ class RunConfig:
     )
     save_every: int = setting(0, "steps between extra checkpoints; 0: only after an epoch")
     keep_last: int = setting(0, "checkpoints kept (the newest ones); 0 keeps all")
+    keep_best: bool = setting(
+        True,
+        "with keep_last: the checkpoint with the best evaluation (F1 of latent prompts, mean over "
+        "the LMs) stays as well",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

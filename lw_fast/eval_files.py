@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lw_fast import checkpoint
 from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.prompts import KINDS, text_prompt
@@ -36,7 +37,6 @@ def write_evaluation(
 ) -> None:
     """Writes all three into `out_dir`, which is made if need be."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     with (out_dir / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, CSV_HEADER, restval="")
         writer.writeheader()
@@ -46,6 +46,8 @@ def write_evaluation(
         for i, example in enumerate(examples):
             row = _prediction_row(i, example, span_text, predictions)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    # Last and whole: where it is, the evaluation is complete.
+    checkpoint.write_text(out_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def _csv_rows(

@@ -1,12 +1,14 @@
 """The folder of a run: who may write into it, and with which settings.
 
-config.json  environment.json  log.jsonl  tensorboard/  epochN/ (checkpoint)  eval_epochN/  latest
+config.json  environment.json  log.jsonl  tensorboard/  epochN/ (checkpoint)  eval_epochN/
+latest, best  (names of checkpoints)
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,29 @@ def drop_rows_after(run_dir: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(json.dumps(row))
     checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+
+
+def best_checkpoint(run_dir: Path) -> str | None:
+    """The checkpoint whose latent prompts have the highest F1, mean over the LMs; the earlier of
+    equals. None where no evaluation of a checkpoint that is still there has latent prompts."""
+    scores = {}
+    for path in run_dir.glob("eval_epoch*/metrics.json"):
+        name = path.parent.name.removeprefix("eval_")
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        latent = metrics.get("latent") or metrics.get("seed", {}).get("latent")
+        if latent and (run_dir / name / checkpoint.MANIFEST).exists():
+            scores[name] = statistics.fmean(row["f1"] for row in latent.values())
+    return max(scores, key=lambda name: (scores[name], -_number(name)), default=None)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("epoch"))
+
+
+def mark_best(run_dir: Path) -> None:
+    """Writes the name of the best checkpoint into `best`, for people and other programs."""
+    if name := best_checkpoint(run_dir):
+        checkpoint.write_text(run_dir / "best", name + "\n")
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -80,7 +80,7 @@ def train(
         elif start is not None:
             start_from(run, start)
         try:
-            with _stop_on_signals(run):
+            with run.saver, _stop_on_signals(run):
                 return _loop(run)
         finally:
             if run.writer is not None:
@@ -172,6 +172,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
         while run.global_step < run.total_steps and not run.finished:
             previous, norm = norm, train_step(run)
             _check_finite(run, previous)
+            run.saver.check()
             run.global_step += 1
             last = run.global_step == run.total_steps
             epoch_ends = run.global_step % run.order.steps_per_epoch == 0
@@ -181,6 +182,8 @@ def _loop(run: Run) -> dict[str, Any] | None:
             if _must_stop(run):
                 _check_finite(run, norm)
                 save(run, f"epoch{run.epoch}" if epoch_ends else f"step{run.global_step}")
+                run.saver.wait()
+                run.world.barrier(patient=True)  # a launcher kills the others once one has ended
                 raise Interrupted(f"stopped after step {run.global_step}; --resume continues")
             if epoch_ends:
                 _check_finite(run, norm)
@@ -230,7 +233,7 @@ def _stop_on_signals(run: Run):
 
 @contextmanager
 def _interruptible():
-    """Inside, Ctrl-C acts at once: everything is saved, and --resume evaluates."""
+    """Inside, Ctrl-C acts at once: what was trained is being saved, and --resume evaluates."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -264,6 +267,8 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
         progress.note(f"evaluating {len(questions)} questions")
         with _interruptible():
             metrics = evaluate(dataclasses.replace(model, bridge=bridge), questions, run.eval_dir)
+        run.saver.wait()  # long done
+        run_folder.mark_best(run.run_dir)
         progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
         for name, peek in metrics.get("debug", {}).items():
             answers = [row["answer"] for row in peek["first_generations"]]

@@ -38,6 +38,7 @@ class Run:
     engine: Engine
     order: Order
     meter: Meter
+    saver: checkpoint.Saver = field(default_factory=checkpoint.Saver)
     global_step: int = 0
     stop_requested: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -73,12 +74,17 @@ class Run:
 
 
 def save(run: Run, name: str) -> None:
-    """Writes a checkpoint of that name into the run folder. Collective."""
+    """Writes a checkpoint of that name into the run folder, in the background. Collective.
+
+    All of it is copied to the CPU before this returns. A save that failed raises at the end of the
+    next step on the rank that writes (rank 0).
+    """
     state, optimizer = run.engine.module_state(), run.engine.optimizer_state()
     rms, sums = _totals(run, run.rms), _totals(run, run.sums)
     if run.world.is_main:
         encoder, adapters = split_state(state)
-        checkpoint.save(
+        best = run_folder.best_checkpoint(run.run_dir) if run.config.run.keep_best else None
+        run.saver.save(
             run.run_dir,
             name,
             encoder=encoder,
@@ -93,8 +99,8 @@ def save(run: Run, name: str) -> None:
             config=to_dict(run.config),
             stats=_training_stats(run, rms),
             keep_last=run.config.run.keep_last,
+            spare=[best] if best else [],
         )
-    run.world.barrier()
 
 
 def _totals(run: Run, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

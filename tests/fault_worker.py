@@ -15,6 +15,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 from torch.utils import tensorboard  # noqa: F401
 
-from lw_fast import checkpoint, run_folder, train
+from lw_fast import checkpoint, run_folder, train, train_step
 from lw_fast.model import LatentModel
+from lw_fast.training_run import Run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "train.py"
@@ -118,6 +120,7 @@ def _main(argv: list[str], output: Path, env: dict[str, str], faults: dict) -> N
 class _Clock:
     """Where in a run this process is."""
 
+    run: Run | None = None
     step: int = 0
     events: list[tuple[str, int]] = field(default_factory=list)
 
@@ -130,7 +133,7 @@ def _before_step(action: Callable[[], None]) -> None:
     step_once = train.train_step
 
     def stepping(run):
-        clock.step = run.global_step
+        clock.run, clock.step = run, run.global_step
         action()
         return step_once(run)
 
@@ -138,28 +141,32 @@ def _before_step(action: Callable[[], None]) -> None:
 
 
 def _at_step(step: int, action: Callable[[], None]) -> None:
-    """Runs `action` in the middle of a step: forward is done, backward is not."""
-    loss_once = train.step_loss
+    """Runs `action` in the middle of a step: forward is done, backward is not, and what was to be
+    saved is on the disk."""
+    loss_once = train_step.step_loss
 
     def losing(*args):
         result = loss_once(*args)
         if clock.step == step:
+            clock.run.saver.wait()
             action()
         return result
 
     _before_step(lambda: None)
-    train.step_loss = losing
+    train_step.step_loss = losing
 
 
 def _every_event(action: Callable[[str, Callable[[], None]], None]) -> None:
     """Calls action(kind, half) before each micro-batch and each change to the disk; `half` leaves
-    half of that change behind."""
+    half of that change behind. Saves happen in a thread of their own; one event at a time."""
+    one_at_a_time = threading.RLock()
 
     def watch(owner, name: str, kind: str, half: Callable[..., None] = lambda *_: None) -> None:
         function = getattr(owner, name)
 
         def wrapper(*args, **kwargs):
-            action(kind, lambda: half(*args))
+            with one_at_a_time:
+                action(kind, lambda: half(*args))
             return function(*args, **kwargs)
 
         setattr(owner, name, wrapper)
@@ -172,7 +179,7 @@ def _every_event(action: Callable[[str, Callable[[], None]], None]) -> None:
         path.write_bytes(data[: len(data) // 2])
 
     _before_step(lambda: None)
-    watch(train, "step_loss", "step")
+    watch(train_step, "step_loss", "step")
     watch(run_folder, "append_row", "step", half_row)
     watch(train, "evaluate", "evaluation")
     watch(
@@ -192,13 +199,15 @@ def count(path: Path) -> None:
     _every_event(note)
 
 
-def kill_at_event(number: int) -> None:
-    """SIGKILL in the middle of the event of this number."""
+def kill_at_event(event: tuple[str, int]) -> None:
+    """SIGKILL in the middle of the n-th event of a kind; says in which step."""
+    wanted, number = event
     seen = iter(range(number))
 
-    def die(_kind: str, half: Callable[[], None]) -> None:
-        if next(seen, None) is None:
+    def die(kind: str, half: Callable[[], None]) -> None:
+        if kind == wanted and next(seen, None) is None:
             half()
+            os.write(1, f"killed at step {clock.step}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
     _every_event(die)
@@ -216,14 +225,14 @@ def stop_in_step(step: int) -> None:
 
 def nan_in_step(step: int) -> None:
     """This rank's loss of one step is NaN."""
-    loss_once = train.step_loss
+    loss_once = train_step.step_loss
 
     def losing(*args):
         loss, sums = loss_once(*args)
         return (loss * math.nan if clock.step == step else loss), sums
 
     _before_step(lambda: None)
-    train.step_loss = losing
+    train_step.step_loss = losing
 
 
 def full_disk_in_step(step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -88,10 +89,11 @@ def test_sigkill_anywhere(reference, tmp_path, points):
     draw, lost = random.Random(points), []
     for point in range(points):
         kind = ("save", "step", "save", "step", "evaluation")[point % 5]
-        number = draw.choice([i for i, event in enumerate(events) if event[0] == kind])
+        event = kind, draw.randrange(sum(event[0] == kind for event in events))
         run_dir, output = tmp_path / f"run{point}", tmp_path / f"said{point}.txt"
-        worker = fault_worker.start(new(run_dir), output, kill_at_event=number)
+        worker = fault_worker.start(new(run_dir), output, kill_at_event=event)
         assert worker.wait() == -signal.SIGKILL, worker.said
+        reached = int(re.search(r"killed at step (\d+)", worker.said)[1]) + (kind != "step")
         if has_checkpoint(run_dir):
             found = checkpoint.load(checkpoint.latest(run_dir)).progress["global_step"]
             said = train(resume(run_dir), output)
@@ -99,23 +101,25 @@ def test_sigkill_anywhere(reference, tmp_path, points):
         else:  # nothing was saved yet
             found = 0
             train(new(run_dir, *["--overwrite"] * run_dir.joinpath("log.jsonl").exists()), output)
-        assert result(run_dir) == result(whole), (number, events[number])
+        assert result(run_dir) == result(whole), event
         assert not list(run_dir.glob(".partial*")) + list(run_dir.glob(".old*"))
-        lost.append(max(0, events[number][1] + (kind != "step") - found))
+        lost.append(max(0, reached - found))
         shutil.rmtree(run_dir)
     print(
         f"killed {points} times, recovered {len(lost)}; steps lost: {sum(lost)}, {max(lost)} most"
     )
-    assert max(lost) <= SAVE_EVERY
+    # Saves are in the background: the one before may not have been on the disk yet.
+    assert max(lost) <= 2 * SAVE_EVERY
 
 
 def test_killed_again_while_resuming(reference, tmp_path, said):
     """Before and after the settings of the resumed run are on the disk again."""
     whole, events = reference
     run_dir = tmp_path / "run"
-    middle = events.index(["step", 5])
-    for argv, number in ((new(run_dir), middle), (resume(run_dir), 0), (resume(run_dir), 3)):
-        worker = fault_worker.start(argv, said, kill_at_event=number)
+    middle = sum(kind == "step" for kind, _ in events[: events.index(["step", 5])])
+    kills = (new(run_dir), ("step", middle)), (resume(run_dir), ("save", 0))
+    for argv, event in (*kills, (resume(run_dir), ("save", 3))):
+        worker = fault_worker.start(argv, said, kill_at_event=event)
         assert worker.wait() == -signal.SIGKILL, worker.said
     train(resume(run_dir), said)
     assert result(run_dir) == result(whole)

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import threading
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,7 @@ def finished(tmp_path_factory, lm_dirs, qa_file):
 def test_run_folder(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "environment.json", "log.jsonl", "tensorboard", "latest", ".lock",
+        "config.json", "environment.json", "log.jsonl", "tensorboard", "latest", "best", ".lock",
         "epoch1", "epoch2", "eval_epoch1", "eval_epoch2",
     }  # fmt: skip
     assert (folder / "latest").read_text().strip() == "epoch2"
@@ -277,6 +279,77 @@ def test_extra_checkpoints_and_pruning(settings, tmp_path):
     }  # fmt: skip
     run(tmp_path / "two", settings, save_every=3, keep_last=2)
     assert {p.parent.name for p in (tmp_path / "two").glob("*/state.pt")} == {"step6", "epoch2"}
+
+
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 4]), (False, [4])])
+def test_the_best_checkpoint_stays(settings, tmp_path, monkeypatch, keep_best, kept):
+    """By the mean of the LMs' F1, over a resume too; `best` names it."""
+    scores = iter([(0.5, 0.5), (0.4, 0.8), (0.9, 0.1), (0.6, 0.6)])
+
+    def evaluating(model, examples, out_dir):
+        metrics = evaluate_once(model, examples, out_dir)
+        for row, f1 in zip(metrics["latent"].values(), next(scores), strict=True):
+            row["f1"] = f1
+        (out_dir / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    evaluate_once = module.evaluate
+    monkeypatch.setattr(module, "evaluate", evaluating)
+    options = dict(eval_every=1, keep_last=1, keep_best=keep_best, kinds="latent")
+    run(tmp_path / "run", settings, epochs=3, **options)
+    run(tmp_path / "run", settings, epochs=4, resume=True, **options)
+    folders = {path.parent.name for path in (tmp_path / "run").glob("*/state.pt")}
+    assert folders == {f"epoch{number}" for number in kept}
+    if keep_best:
+        assert (tmp_path / "run" / "best").read_text() == "epoch2\n"
+
+
+def test_a_save_holds_the_weights_of_its_step(whole, settings, tmp_path, monkeypatch):
+    """Though it reaches the disk while the training goes on."""
+    disk, write, step_once = threading.Event(), checkpoint._write_synced, module.train_step
+
+    def slow(path, data):
+        assert threading.current_thread() is threading.main_thread() or disk.wait(20)
+        write(path, data)
+
+    def stepping(run):
+        norm = step_once(run)
+        if run.global_step == 2 * STEPS_PER_EPOCH - 1:
+            assert not (run.run_dir / "epoch1").exists()
+            disk.set()
+        return norm
+
+    monkeypatch.setattr(checkpoint, "_write_synced", slow)
+    monkeypatch.setattr(module, "train_step", stepping)
+    run(tmp_path / "run", settings, log_every=2)
+    for epoch in ("epoch1", "epoch2"):
+        assert same_checkpoint(tmp_path / "run" / epoch, whole / epoch)
+
+
+def test_a_failed_save_ends_the_run_after_the_next_step(settings, tmp_path, monkeypatch):
+    """What was there stays, and resuming goes on from it."""
+    step_once, write, taken = module.train_step, checkpoint._write_synced, []
+
+    def full(path, data):
+        if "step4" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    def stepping(run):
+        taken.append(run.global_step)
+        if run.global_step == 4:
+            futures.wait([run.saver._pending])
+        return step_once(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_synced", full)
+        patch.setattr(module, "train_step", stepping)
+        with pytest.raises(UserError, match="could not save checkpoint .*No space left"):
+            run(tmp_path / "run", settings, batch_size=4, save_every=2)
+    assert taken[-1] == 4
+    assert checkpoint.latest(tmp_path / "run").name == "step2"
+    run(tmp_path / "run", settings, batch_size=4, save_every=2, resume=True)
+    assert checkpoint.latest(tmp_path / "run").name == "epoch2"
 
 
 def test_a_stop_in_the_last_step_leaves_only_the_evaluation(whole, settings, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lw_fast.config import OptimConfig
 
@@ -53,17 +52,3 @@ def lr_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
     progress = min(1.0, (step - optim.warmup_steps) / decay_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * cosine
-
-
-@torch.no_grad()
-def part_norms(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Gradient norm before clipping of the encoder and of each LM's adapter, 0-d, by name.
-
-    A collapse shows here first: an encoder that gets next to no gradient learns nothing.
-    """
-    grads: dict[str, list[Tensor]] = {}
-    for name, param in module.named_parameters():
-        if param.grad is not None:
-            part = name.removeprefix("adapters.").partition(".")[0]
-            grads.setdefault(part, []).append(param.grad)
-    return {part: torch.nn.utils.get_total_norm(tensors) for part, tensors in grads.items()}

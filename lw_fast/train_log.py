@@ -52,7 +52,7 @@ def log_row(run: Run, norm: Tensor) -> dict[str, Any]:
         "grad_norm": float(norm),
         "lr_factor": lr_factor(run.global_step - 1, run.total_steps, run.config.optim),
     }
-    row |= {f"grad_norm/{part}": float(value) for part, value in run.part_norms.items()}
+    row |= {f"grad_norm/{part}": float(value) for part, value in run.engine.part_norms.items()}
     for name, rows, seen in zip(run.model.lms, per_lm[:num_lms], per_lm[num_lms:], strict=True):
         if not seen:  # lms_per_step=one: not drawn since the last row
             continue

@@ -12,10 +12,9 @@ from torch import Tensor
 from lw_fast.batches import micro_slices
 from lw_fast.bridge import StepCounts, step_loss
 from lw_fast.config import Config
-from lw_fast.engine import PlainEngine
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.losses import first_token_weight
-from lw_fast.optim import lr_factor, part_norms
+from lw_fast.optim import lr_factor
 from lw_fast.train_log import accumulate, counts_row
 from lw_fast.training_run import Run
 
@@ -57,9 +56,8 @@ def train_step(run: Run) -> Tensor:
         supervised_tokens=dict(counts.rows),
     )
     accumulate(run, {"counts": counts_row(counts, list(run.model.lms))}, {})
-    if isinstance(run.engine, PlainEngine) and run.is_logged(step + 1):
-        run.part_norms = part_norms(run.engine.module)  # DeepSpeed keeps no gradient to look at
-    return run.engine.step(lr_factor(step, run.total_steps, config.optim))
+    factor = lr_factor(step, run.total_steps, config.optim)
+    return run.engine.step(factor, with_parts=run.is_logged(step + 1))
 
 
 def lms_of_step(config: Config, step: int, lms: Mapping[str, FrozenLM]) -> Mapping[str, FrozenLM]:

@@ -47,8 +47,6 @@ class Run:
     """Per LM: [sum of raw prefix RMS, examples], over the epoch."""
     writer: Any = None
     """TensorBoard's, from the first row on."""
-    part_norms: Mapping[str, Tensor] = field(default_factory=dict)
-    """Gradient norms of the parts in the step that is logged next."""
     after_evaluation: AfterEvaluation | None = None
     finished: bool = False
     """Set by it to end the run after this epoch."""

@@ -88,9 +88,16 @@ def lms_by_turns(step: int, micro: int) -> tuple[str, ...]:
 
 
 def train(
-    engine: Engine, *, start: int = 0, steps: int = STEPS, accumulation: int = 1, lms=None
+    engine: Engine,
+    *,
+    start: int = 0,
+    steps: int = STEPS,
+    accumulation: int = 1,
+    lms=None,
+    parts: list[dict[str, float]] | None = None,
 ) -> list[float]:
-    """Each rank takes its share of every batch, in `accumulation` pieces; returns the norms."""
+    """Each rank takes its share of every batch, in `accumulation` pieces; returns the norms, and
+    adds those of each part to `parts`."""
     lm, batches = (part.to(engine.world.device) for part in data())
     norms = []
     for step in range(start, steps):
@@ -99,7 +106,9 @@ def train(
             names = lms(step, micro) if lms else BOTH
             loss = sum(lm(prefix).pow(2).sum() for prefix in engine(piece, names)) / ROWS
             engine.backward(loss, last=micro == accumulation - 1)
-        norms.append(float(engine.step(1.0 - 0.1 * step)))
+        norms.append(float(engine.step(1.0 - 0.1 * step, with_parts=parts is not None)))
+        if parts is not None:
+            parts.append({part: float(norm) for part, norm in engine.part_norms.items()})
     return norms
 
 

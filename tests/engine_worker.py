@@ -37,8 +37,9 @@ def states(engine: Engine) -> dict[str, Any]:
 
 def whole_run(world: World, ds_config: dict | None, accumulation: int, **options) -> dict[str, Any]:
     engine = build(world, ds_config, accumulation)
-    norms = train(engine, accumulation=accumulation, **options)
-    return {"norms": norms, **states(engine)}
+    parts: list[dict[str, float]] = []
+    norms = train(engine, accumulation=accumulation, parts=parts, **options)
+    return {"norms": norms, "parts": parts, **states(engine)}
 
 
 def resumed_run(world: World, ds_config: dict | None, given: dict[str, Any]) -> dict[str, Any]:

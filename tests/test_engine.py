@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -107,6 +108,26 @@ def test_adapters_left_out_by_turns(world, name):
         states.append(engine.module_state())
     assert norms[0] == pytest.approx(norms[1], rel=TOLERANCE)
     assert largest_difference(*states) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("lms", [None, lms_by_turns])
+def test_part_norms_are_those_before_clipping(world, name, lms):
+    """They make up the norm of the step, equal the plain engine's, and change nothing."""
+    parts, plain, config = [], [], toy_config(max_grad_norm=0.03)
+    engine = build(world, ENGINES[name], config=config)
+    norms = train(engine, lms=lms, parts=parts)
+    reference = build(world, None, config=config)
+    train(reference, lms=lms, parts=plain)
+    for found, expected, norm in zip(parts, plain, norms, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert found.keys() == {"encoder", "llama", "qwen", "idle"} and found["idle"] == 0
+        assert math.hypot(*found.values()) == pytest.approx(norm, rel=1e-5)
+    assert min(norms) > config.optim.max_grad_norm
+    assert all(found["llama"] > 0 for found in parts) == (lms is None)
+    without = build(world, ENGINES[name], config=config)
+    train(without, lms=lms)
+    assert largest_difference(engine.module_state(), without.module_state()) == 0
 
 
 def test_plain_engine_is_torch_adamw(world, reference):

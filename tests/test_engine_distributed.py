@@ -40,14 +40,15 @@ def free_port() -> int:
 def one_process(
     *, stop: int = STEPS, resume: dict | None = None, accumulation: int = 1, lms=None
 ) -> dict:
-    engine = build(ONE, None, accumulation)
+    engine, parts = build(ONE, None, accumulation), []
     if resume:
         engine.load_module_state(resume["weights"])
         engine.load_optimizer_state(resume["optimizer"])
     start = STEPS // 2 if resume else 0
-    norms = train(engine, start=start, steps=stop, accumulation=accumulation, lms=lms)
+    norms = train(engine, start=start, steps=stop, accumulation=accumulation, lms=lms, parts=parts)
     return {
         "norms": norms,
+        "parts": parts,
         "weights": engine.module_state(),
         "optimizer": engine.optimizer_state(),
     }
@@ -101,6 +102,8 @@ def test_left_out_adapters_on_two_processes(two, name):
     # One process meets the micro-batches of rank 0, then those of rank 1.
     one = one_process(accumulation=4, lms=lambda step, micro: lms_by_turns(step, micro % 2))
     assert_same(two[name]["by_turns"], one)
+    for found, expected in zip(two[name]["by_turns"]["parts"], one["parts"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,10 @@ class Engine(Protocol):
 
     module: nn.Module
     world: World
+    part_norms: Mapping[str, Tensor]
+    """Gradient norm before clipping of the encoder and of each LM's adapter, 0-d, by name, in the
+    newest step that was asked for it. A collapse shows here first: an encoder that gets next to no
+    gradient learns nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
@@ -38,13 +42,14 @@ class Engine(Protocol):
                 divided by the global count.
         """
 
-    def step(self, lr_factor: float) -> Tensor:
+    def step(self, lr_factor: float, *, with_parts: bool = False) -> Tensor:
         """Clips, updates the weights and zeroes the gradients. Collective.
 
         A gradient that is not finite changes neither weights nor moments.
 
         Args:
             lr_factor: This step's share of each group's peak learning rate.
+            with_parts: Also measure `part_norms`, which takes some time.
 
         Returns:
             Global gradient norm before clipping, 0-d; inf or nan if it was not finite.
@@ -90,6 +95,19 @@ def new_moments(param: Tensor, step: int) -> dict[str, Tensor]:
         "step": torch.tensor(float(step), device=param.device),  # where fused AdamW wants it
         **{key: torch.zeros_like(param) for key in MOMENTS},
     }
+
+
+@torch.no_grad()
+def norms_by_part(grads: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Norms of gradients that come by parameter name, per part: `adapters.NAME` or the first word
+    of the name."""
+    squares: dict[str, Tensor] = {}
+    for name, grad in grads:
+        part = name.removeprefix("adapters.").partition(".")[0]
+        # In fp32 a CPU sums a million squares to four digits only.
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
+        squares[part] = squares.get(part, 0.0) + norm.square()
+    return {part: square.sqrt().float() for part, square in squares.items()}
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

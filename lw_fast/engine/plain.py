@@ -16,6 +16,7 @@ from lw_fast.engine.base import (
     check_fits,
     check_moments,
     new_moments,
+    norms_by_part,
     set_lr,
     to_cpu,
     trainable,
@@ -35,6 +36,7 @@ class PlainEngine:
     def __init__(self, module: nn.Module, optim: OptimConfig, world: World) -> None:
         self.module = module
         self.world = world
+        self.part_norms: Mapping[str, Tensor] = {}
         self._max_norm = optim.max_grad_norm
         self._optimizer = adamw(module, optim)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
@@ -53,8 +55,10 @@ class PlainEngine:
             self.world.all_reduce(self._grad)
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> Tensor:
+    def step(self, lr_factor: float, *, with_parts: bool = False) -> Tensor:
         set_lr(self._optimizer, self._peaks, lr_factor)
+        if with_parts:
+            self.part_norms = norms_by_part((name, p.grad) for name, p in self._params.items())
         # In fp32 a CPU sums a million squares to four digits only.
         norm = torch.linalg.vector_norm(self._grad, dtype=torch.float64).float()
         if self._max_norm:

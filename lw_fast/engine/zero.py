@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lw_fast.engine.base import (
     check_fits,
     check_moments,
     new_moments,
+    norms_by_part,
     set_lr,
     to_cpu,
     trainable,
@@ -36,6 +37,7 @@ class ZeroEngine:
     ) -> None:
         self.module = module
         self.world = world
+        self.part_norms: Mapping[str, Tensor] = {}
         self._stage = ds_config["zero_optimization"]["stage"]
         self._deepspeed = import_deepspeed(world.device)
         self._engine, self._zero, *_ = self._deepspeed.initialize(
@@ -53,11 +55,29 @@ class ZeroEngine:
         # DeepSpeed averages over ranks (and stage 3 knows no other way): undo it.
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr_factor: float) -> Tensor:
+    def step(self, lr_factor: float, *, with_parts: bool = False) -> Tensor:
         set_lr(self._zero, self._peaks, lr_factor)
-        self._engine.step()
+        with self._measuring_parts() if with_parts else contextlib.nullcontext():
+            self._engine.step()
         self._forget_gradients()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self.world.device)
+
+    @contextlib.contextmanager
+    def _measuring_parts(self) -> Iterator[None]:
+        """Measures `part_norms` where gradients are summed and not yet clipped, which is so only
+        within DeepSpeed's step, between its reduction and its optimizer's step."""
+        read, take_step = self._deepspeed.utils.safe_get_full_grad, self._zero.step
+
+        def measured_step(*args: Any, **kwargs: Any) -> Any:
+            params = trainable(self.module).items()
+            self.part_norms = norms_by_part((name, read(p)) for name, p in params)  # one by one
+            return take_step(*args, **kwargs)
+
+        self._zero.step = measured_step
+        try:
+            yield
+        finally:
+            del self._zero.step
 
     def module_state(self) -> dict[str, Tensor]:
         with self._gathered():

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--commit", help="commit that trained it, where the run could not know")
     parser.add_argument("--append", action="store_true", help="add to the file")
     parser.add_argument("--word", action="append", default=[], metavar="KEY=VALUE",
-                        help="another word for the case, such as pairing=double_shift")  # fmt: skip
+                        help="another word for the case, such as compat=original")  # fmt: skip
     args = parser.parse_args()
     settings = json.loads((args.run / "config.json").read_text())
     metrics = json.loads((newest_evaluation(args.run) / "metrics.json").read_text())

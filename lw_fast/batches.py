@@ -19,7 +19,7 @@ from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.encoder import SourceBatch
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.sequence import Frame, make_frame, pair_targets, tokenize_answers
+from lw_fast.sequence import make_layout, training_answers
 from lw_fast.source import Sources
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,16 @@ class AnswerBatch:
     head_H: Tensor
     """int64 BOS token, or empty."""
     tail_BT: Tensor
-    """int64: anchor and answer ids, right-padded; T = A + L."""
+    """int64: anchor and answer ids, right-padded; T = A + L. With compat=original there are two
+    sequences per example, [2B, T] (sequence.Layout)."""
     position_N: Tensor
     """int64: supervised rows in the flattened [B * S] positions."""
     target_N: Tensor
     """int64: the token each row predicts."""
     first_N: Tensor
-    """bool: rows that predict the first answer token."""
+    """bool: rows of the first-token term."""
+    answer_N: Tensor
+    """bool: rows of the answer term, which are all of them but with compat=original."""
     num_positions: int
     """Real (not padded) positions, for the FLOP count."""
 
@@ -60,11 +63,12 @@ class AnswerTable:
     """All answers of a data set, tokenised for one LM."""
 
     def __init__(self, lm: FrozenLM, answers: Sequence[str], config: Config) -> None:
-        self.frame: Frame = make_frame(lm.tokenizer, config.sequence)
+        self.layout = make_layout(lm.tokenizer, config.sequence, config.encoder.latent_len)
+        self.frame = self.layout.frame
         longest, first_k = config.data.max_answer_tokens, config.loss.supervise_first_k
-        ids, self.complete_N = tokenize_answers(
+        ids, self.complete_N = training_answers(
             lm.tokenizer,
-            config.sequence.warm_anchor_text,
+            config.sequence,
             answers,
             min(longest, first_k) if first_k else longest,
         )
@@ -77,37 +81,25 @@ class AnswerTable:
         self.ids_NL = np.zeros((len(ids), max(self.length_N.max(initial=1), 1)), dtype=np.int64)
         for row, tokens in zip(self.ids_NL, ids, strict=True):
             row[: len(tokens)] = tokens
-        self.latent_len = config.encoder.latent_len
-        self.pairing = config.loss.pairing
         self.device = lm.device
 
     def num_targets(self, index: np.ndarray) -> int:
-        """Supervised rows that `index` will have."""
-        shift = self.pairing == "double_shift"
-        return int((self.length_N[index] + self.complete_N[index] - shift).clip(min=0).sum())
+        """Rows of the answer term that `index` will have."""
+        return self.layout.num_targets(self.length_N[index], self.complete_N[index])
 
     def batch(self, index: np.ndarray) -> AnswerBatch:
         """The answers of `index`, padded to the longest among them."""
         length_B = self.length_N[index]
         answers_BL = self.ids_NL[index, : length_B.max()]
-        anchor = np.tile(np.array(self.frame.anchor, dtype=np.int64), (len(index), 1))
-        prefix_len = len(self.frame.head) + self.latent_len + len(self.frame.anchor)
-        rows = pair_targets(
-            answers_BL,
-            length_B,
-            self.complete_N[index],
-            prefix_len=prefix_len,
-            seq_len=prefix_len + answers_BL.shape[1],
-            eos=self.frame.eos,
-            pairing=self.pairing,
-        )
+        tails, rows = self.layout.rows(answers_BL, length_B, self.complete_N[index])
         return AnswerBatch(
             head_H=torch.tensor(self.frame.head, dtype=torch.int64, device=self.device),
-            tail_BT=to_device(np.concatenate([anchor, answers_BL], axis=1), self.device),
+            tail_BT=to_device(tails, self.device),
             position_N=to_device(rows.position, self.device),
             target_N=to_device(rows.target, self.device),
             first_N=to_device(rows.first, self.device),
-            num_positions=int(prefix_len * len(index) + length_B.sum()),
+            answer_N=to_device(rows.answer, self.device),
+            num_positions=self.layout.num_positions(length_B),
         )
 
 

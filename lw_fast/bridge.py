@@ -139,6 +139,8 @@ def supervised_scores(
     weights_N: Tensor | None = None,
 ) -> CrossEntropyRows:
     """Loss and hits of the rows that predict an answer token, from one forward pass."""
+    if len(answers.tail_BT) > len(raw_BMD):  # compat=original: two sequences per example
+        raw_BMD = raw_BMD.repeat(len(answers.tail_BT) // len(raw_BMD), 1, 1)
     embeds_BSD = frame_prefix(lm, answers.head_H, raw_BMD, answers.tail_BT, calibration)
     hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[answers.position_N]
     return lm.score(hidden_ND, answers.target_N, weights_N)
@@ -178,13 +180,14 @@ def frozen_lm_loss(
     first_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """(weighted NLL of the answers, STATS [5]) of one LM; the gradient flows to the prefix."""
-    weights_N = row_weight + first_weight * answers.first_N.float()
+    weights_N = row_weight * answers.answer_N.float() + first_weight * answers.first_N.float()
 
     def run(raw_BMD: Tensor) -> tuple[Tensor, Tensor]:
         rows = supervised_scores(lm, raw_BMD, answers, calibration, weights_N)
         with torch.no_grad():
             facts_N3 = torch.stack([rows.nll, rows.top1.float(), rows.top5.float()], dim=1)
-            every, first = facts_N3.sum(0), (facts_N3 * answers.first_N[:, None]).sum(0)
+            every = (facts_N3 * answers.answer_N[:, None]).sum(0)
+            first = (facts_N3 * answers.first_N[:, None]).sum(0)
             stats = torch.stack([every[0], first[0], first[1], first[2], every[1]])
         return rows.loss.sum(), stats
 

@@ -117,6 +117,12 @@ class SequenceConfig:
         "BOS between anchor and answer in training; auto: only without an anchor",
         choices=("auto", "yes", "no"),
     )
+    compat: str = setting(
+        "none",
+        "repeat the original's targets, for ablations: its double shift alone, or all of its "
+        "pairing (original: double shift, EOS never, BOS on one path only)",
+        choices=("none", "double_shift", "original"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +147,6 @@ class LossConfig:
     adapter_rms_l2: float = setting(0.0, "pull of the raw prefix RMS towards the LM's")
     align_weight: float = setting(
         1.0, "encoder_type=lm: pull of copy slots towards the LM's embedding of the same token"
-    )
-    pairing: str = setting(
-        "next",
-        "next: position t predicts token t+1; double_shift: the original's fault, for "
-        "ablations only",
-        choices=("next", "double_shift"),
     )
 
 
@@ -369,6 +369,7 @@ def _validate(config: Config) -> None:
         raise UserError(
             "latent_anchor_mode=text needs latent_anchor_text: there is no warm_anchor_text"
         )
+    _validate_compat(config)
     if config.encoder.encoder_dim % config.encoder.encoder_heads:
         raise UserError("encoder_dim must be a multiple of encoder_heads")
     if config.encoder.encoder_type == "byte_seed" and config.encoder.d_z % 8:
@@ -376,6 +377,19 @@ def _validate(config: Config) -> None:
     for name in config.lm:
         if not name.isidentifier() or name in _NOT_LM_NAMES:
             raise UserError(f"lm.{name}: an LM cannot have this name; use letters and digits")
+
+
+def _validate_compat(config: Config) -> None:
+    compat, loss = config.sequence.compat, config.loss
+    if compat == "double_shift" and loss.first_token_ce_weight:
+        raise UserError(
+            "compat=double_shift never asks for the first answer token: first_token_ce_weight "
+            "must be 0 (compat=original asks for it on a path of its own)"
+        )
+    if compat == "original" and loss.supervise_first_k:
+        raise UserError("compat=original chooses its targets itself: supervise_first_k must be 0")
+    if compat == "original" and config.data.max_answer_tokens < 2:
+        raise UserError("compat=original counts BOS among max_answer_tokens: it must be at least 2")
 
 
 def to_flat(config: Config) -> dict[str, Any]:

@@ -12,7 +12,9 @@ on the right, where causal attention cannot see it: no attention mask is needed,
 told by length, never by token id (pad == eos is common).
 
 Targets are explicit (row, token) pairs. The `labels=` of a Hugging Face model, which shift once
-more on their own, are never used: that was the original experiment's fault.
+more on their own, are never used: that was the original experiment's first fault.
+
+`compat` repeats what the original did instead, for ablations only (Layout, docs/protocol.md).
 
 Letters in names: B examples, M latents, H head tokens, A anchor tokens, L answer tokens of the
 longest example, S = H + M + A + L positions, N supervised rows.
@@ -20,6 +22,7 @@ longest example, S = H + M + A + L positions, N supervised rows.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,14 +55,16 @@ class Frame:
 class SupervisedRows:
     """(position -> token) pairs of one batch; numpy int64 arrays of length N.
 
-    `position` indexes the flattened [B * S] positions; `example` the batch; `first` marks (as
-    bool) the row that predicts the first answer token.
+    `position` indexes the flattened [B * S] positions; `example` the batch; `answer` and `first`
+    say (as bool) which terms of the loss a row belongs to: that of the whole answer, that of its
+    first token, or both.
     """
 
     position: np.ndarray
     target: np.ndarray
     example: np.ndarray
     first: np.ndarray
+    answer: np.ndarray
 
 
 def head_ids(tokenizer) -> tuple[int, ...]:
@@ -157,7 +162,7 @@ def pair_targets(
     prefix_len: int | np.ndarray,
     seq_len: int,
     eos: int,
-    pairing: str = "next",
+    shift: int = 0,
 ) -> SupervisedRows:
     """Pairs positions with tokens for a right-padded batch.
 
@@ -168,8 +173,8 @@ def pair_targets(
         prefix_len: positions before the answer, H + M + A; one number, or one per example.
         seq_len: positions S of the padded batch.
         eos: the token that ends an answer.
-        pairing: "next", or "double_shift", the original's fault kept as an ablation: every
-            position is paired with the token after its next one.
+        shift: 1 is the original's fault, kept for `compat`: every position is paired with the
+            token after its next one.
     """
     num, width = answers_BL.shape
     prefix_len_B = np.broadcast_to(prefix_len, num)
@@ -177,7 +182,6 @@ def pair_targets(
     tokens_BT[:, :width] = answers_BL
     tokens_BT[np.arange(num), lengths_B] = eos
     num_targets_B = lengths_B + complete_B.astype(np.int64)
-    shift = {"next": 0, "double_shift": 1}[pairing]
     steps_T = np.arange(width + 1)
     example, step = np.nonzero(steps_T[None, :] < (num_targets_B - shift)[:, None])
     return SupervisedRows(
@@ -185,4 +189,122 @@ def pair_targets(
         target=tokens_BT[example, step + shift],
         example=example,
         first=step == 0,
+        answer=np.ones(len(step), dtype=bool),
+    )
+
+
+def training_answers(
+    tokenizer, config: SequenceConfig, answers: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], np.ndarray]:
+    """`tokenize_answers` for training; with compat=original BOS comes first, as the original's
+    encode() put it there, and no answer ends."""
+    ids, complete = tokenize_answers(tokenizer, config.warm_anchor_text, answers, max_tokens)
+    if config.compat != "original":
+        return ids, complete
+    bos = list(head_ids(tokenizer))
+    return [(bos + tokens)[:max_tokens] for tokens in ids], np.zeros_like(complete)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one LM's answers are laid out in training, and what each position is asked for.
+
+    Right (compat=none): one sequence per example, in the frame of decoding, serves every term.
+    compat=double_shift: the same, each position asked for the token after its next one.
+    compat=original: two sequences per example that see different things. Teacher-forced, behind the
+    bare anchor: BOS where encode() adds one, then the answer, shifted twice and without EOS. First
+    token: the frame of decoding, BOS by policy, asked for the first answer token.
+    """
+
+    frame: Frame
+    """Around the latents as at decode time."""
+    bare_anchor: tuple[int, ...]
+    """The anchor without BOS."""
+    latent_len: int
+    compat: str
+
+    @property
+    def shift(self) -> int:
+        """Of the teacher-forced targets, as in `pair_targets`."""
+        return int(self.compat != "none")
+
+    def num_targets(self, lengths_B: np.ndarray, complete_B: np.ndarray) -> int:
+        """Rows of the answer term."""
+        return int((lengths_B + complete_B - self.shift).clip(min=0).sum())
+
+    def rows(
+        self, answers_BL: np.ndarray, lengths_B: np.ndarray, complete_B: np.ndarray
+    ) -> tuple[np.ndarray, SupervisedRows]:
+        """What stands behind the latents (int64 [B, T], anchor and answer; with compat=original
+        [2B, T], teacher-forced before first-token sequences) and the targets of those sequences.
+
+        Arguments as `training_answers` returns them, right-padded; no answer is empty.
+        """
+        if self.compat != "original":
+            return self._teacher_forced(self.frame.anchor, answers_BL, lengths_B, complete_B)
+        tails_BT, rows = self._teacher_forced(self.bare_anchor, answers_BL, lengths_B, complete_B)
+        first_BT, first_rows = self._first_token(tails_BT, answers_BL, lengths_B)
+        rows = dataclasses.replace(rows, first=np.zeros_like(rows.first))
+        return np.concatenate([tails_BT, first_BT]), _join(rows, first_rows)
+
+    def num_positions(self, lengths_B: np.ndarray) -> int:
+        """Real (not padded) positions of all sequences."""
+        before, num = len(self.frame.head) + self.latent_len, len(lengths_B)
+        decoded = (before + len(self.frame.anchor)) * num
+        if self.compat != "original":
+            return int(decoded + lengths_B.sum())
+        return int(decoded + (before + len(self.bare_anchor)) * num + lengths_B.sum())
+
+    def _teacher_forced(
+        self,
+        anchor: tuple[int, ...],
+        answers_BL: np.ndarray,
+        lengths_B: np.ndarray,
+        complete_B: np.ndarray,
+    ) -> tuple[np.ndarray, SupervisedRows]:
+        anchor_BA = np.tile(np.array(anchor, dtype=np.int64), (len(answers_BL), 1))
+        prefix_len = len(self.frame.head) + self.latent_len + len(anchor)
+        rows = pair_targets(
+            answers_BL,
+            lengths_B,
+            complete_B,
+            prefix_len=prefix_len,
+            seq_len=prefix_len + answers_BL.shape[1],
+            eos=self.frame.eos,
+            shift=self.shift,
+        )
+        return np.concatenate([anchor_BA, answers_BL], axis=1), rows
+
+    def _first_token(
+        self, tails_BT: np.ndarray, answers_BL: np.ndarray, lengths_B: np.ndarray
+    ) -> tuple[np.ndarray, SupervisedRows]:
+        """The sequences that follow those of `tails_BT`, as wide as they are."""
+        first_BT = np.zeros_like(tails_BT)
+        first_BT[:, : len(self.frame.anchor)] = self.frame.anchor
+        before, num_bos = len(self.frame.head) + self.latent_len, len(self.frame.head)
+        asked = np.flatnonzero(lengths_B > num_bos)
+        start = (len(tails_BT) + asked) * (before + tails_BT.shape[1])
+        return first_BT, SupervisedRows(
+            position=start + before + len(self.frame.anchor) - 1,
+            target=answers_BL[asked, num_bos],
+            example=asked,
+            first=np.ones(len(asked), dtype=bool),
+            answer=np.zeros(len(asked), dtype=bool),
+        )
+
+
+def _join(*parts: SupervisedRows) -> SupervisedRows:
+    columns = [field.name for field in dataclasses.fields(SupervisedRows)]
+    return SupervisedRows(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
+    )
+
+
+def make_layout(tokenizer, config: SequenceConfig, latent_len: int) -> Layout:
+    """The layout of one LM in training."""
+    return Layout(
+        frame=make_frame(tokenizer, config),
+        bare_anchor=anchor_ids(tokenizer, config.warm_anchor_text, "no"),
+        latent_len=latent_len,
+        compat=config.compat,
     )

@@ -71,6 +71,58 @@ def gradients(model) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------- value
 
 
+def original_terms(model, name: str, examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """The original's two terms, its way: labels shifted by hand go into a model that shifts labels,
+    PAD is masked by -100; then a second pass for the first token."""
+    lm, config = model.lms[name], model.config
+    tokenizer, ignored = lm.tokenizer, -100
+    head = [tokenizer.bos_token_id] if name == "llama" else []
+    anchor = tokenizer("Answer:", add_special_tokens=False).input_ids
+    source = model.batch(model.tables(examples).sources, np.arange(len(examples)))
+    prefixes = model.bridge.prefix(name, model.bridge(source).encoded.z_BMZ)
+    inputs, labels, masks, first = [], [], [], []
+    for prefix, example in zip(prefixes, examples, strict=True):
+        whole = tokenizer(f"Answer: {example.answers[0]}", add_special_tokens=False).input_ids
+        y = (head + whole[len(anchor) :])[: config.data.max_answer_tokens]
+        before = torch.cat([lm.embed(torch.tensor(head).long()), prefix])
+        padding = 12 - len(y)
+        ids = torch.tensor([*anchor, *y[:-1], *[0] * padding])
+        inputs.append(torch.cat([before, lm.embed(ids)]))
+        labels.append([ignored] * (len(before) + len(anchor)) + y[1:] + [ignored] * padding)
+        masks.append([1] * (len(inputs[-1]) - padding) + [0] * padding)
+        bos = head if config.sequence.train_append_bos_after_prefix == "yes" else []
+        context = torch.cat([before, lm.embed(torch.tensor([*anchor, *bos]))])[None]
+        logits = lm.model(inputs_embeds=context).logits[0, -1]
+        first.append(-logits.log_softmax(0)[y[len(head)]])
+    teacher_forced = lm.model(
+        inputs_embeds=torch.stack(inputs),
+        attention_mask=torch.tensor(masks),
+        labels=torch.tensor(labels),
+    ).loss
+    return teacher_forced, torch.stack(first).mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["yes", "no"])
+def test_compat_original_is_the_loss_of_the_original(policy):
+    """The same value as inputs and labels that are built and passed as the original did."""
+    penalties = dict(scale_l2=0.0, adapter_rms_l2=0.0, encoder_type="byte_seed", d_z=8)
+    sequence = dict(compat="original", train_append_bos_after_prefix=policy)
+    model = tiny.latent_model(**SETTINGS | penalties | sequence)
+    model.bridge.eval()
+    tables = model.tables(tiny.examples(NUM))
+    total, sums = loss_of(model, tables, ALL)
+    expected = 0.0
+    for name in model.lms:
+        teacher_forced, first = original_terms(model, name, tables.examples)
+        stats = dict(zip(STATS, sums[name].tolist(), strict=True))
+        rows = tables.answers[name].num_targets(ALL)
+        assert stats["nll_sum"] / rows == pytest.approx(float(teacher_forced), rel=1e-5)
+        assert stats["first_nll_sum"] / NUM == pytest.approx(float(first), rel=1e-5)
+        expected += 0.5 * float(teacher_forced + 0.5 * first)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
 def naive_answer_nll(model, name: str, example) -> tuple[list[float], list[bool]]:
     """NLL and hit of each answer token and EOS: one example, no padding, all logits, one by one."""
     lm, config = model.lms[name], model.config
@@ -314,7 +366,8 @@ def test_a_step_without_any_span_has_no_span_loss():
 
 def test_a_step_of_cut_one_token_answers_has_no_double_shift_target():
     """The ablation's corner: nothing is supervised, and nothing divides by zero."""
-    model = tiny.latent_model(**SETTINGS | dict(max_answer_tokens=1), pairing="double_shift")
+    changes = dict(max_answer_tokens=1, first_token_ce_weight=0.0, compat="double_shift")
+    model = tiny.latent_model(**SETTINGS | changes)
     two_words = [e for e in tiny.examples(40) if " " in e.answers[0]][:NUM]
     tables = model.tables(two_words)
     assert counts_of(tables, ALL).rows == {"llama": 0, "qwen": 0}

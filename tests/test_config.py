@@ -32,7 +32,9 @@ def other_value(name: str):
             return spec.default + "x"
 
 
-CHANGED = {name: other_value(name) for name in FIELDS} | {"encoder_type": "byte"}
+# compat=double_shift allows no first-token term.
+CHANGED = {name: other_value(name) for name in FIELDS}
+CHANGED |= {"encoder_type": "byte", "first_token_ce_weight": 0.0}
 
 
 # ------------------------------------------------------------------------------- round trips
@@ -42,7 +44,7 @@ def test_every_setting_survives_json():
     """A run's config.json gives back the run's settings, each of them."""
     config = from_flat(CHANGED, {"llama": "a/b", "qwen": "./c"})
     unchanged = {n for n, v in c.to_flat(config).items() if v == FIELDS[n][1].default}
-    assert unchanged == {"span_head"}
+    assert unchanged == {"span_head", "first_token_ce_weight"}
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -182,6 +184,12 @@ def test_choices(name):
         ({"encoder_dropout": 1.5}, "encoder_dropout must be .* 1"),
         ({"beta1": 1.0}, "beta1 must be .* 1"),
         ({"beta2": -0.1}, "beta2 must be .* 1"),
+        (
+            {"compat": "double_shift", "first_token_ce_weight": 0.5},
+            "first_token_ce_weight must be 0",
+        ),
+        ({"compat": "original", "supervise_first_k": 2}, "supervise_first_k must be 0"),
+        ({"compat": "original", "max_answer_tokens": 1}, "must be at least 2"),
         ({"latentlen": 4}, "unknown setting 'latentlen'; did you mean latent_len?"),
         ({"xyzzy": 4}, "unknown setting 'xyzzy'$"),
     ],

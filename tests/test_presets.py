@@ -22,7 +22,7 @@ def test_stage_a_has_the_settings_of_the_log():
     assert (optim.weight_decay, optim.max_grad_norm) == (0.01, 1.0)
     assert (config.loss.scale_l2, config.loss.adapter_rms_l2) == (0.05, 0.0)
     assert config.loss.first_token_ce_weight == 0.5
-    assert config.loss.pairing == "next"
+    assert config.sequence.compat == "none"
     assert (config.adapter.adapter_type, config.adapter.adapter_bound) == ("linear", 3.0)
     assert not config.adapter.adapter_freeze_scale
     assert (config.adapter.calibration, config.adapter.prefix_gain) == ("embed_rms", 1.0)

@@ -51,32 +51,34 @@ class ToyLM(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=20 * self.inputs(following))
 
 
-def word_tokenizer():
+def word_tokenizer(*, bos: str | None = "<bos>", added: bool = True):
+    """One id per word; whether there is BOS, and whether encode() puts it in front."""
     from transformers import PreTrainedTokenizerFast
 
     special = {"<eos>": EOS, "<bos>": BOS, "Answer": ANSWER, ":": COLON}
     vocab = special | {f"w{n}": n for n in range(4, WORDS)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
+    if bos and added:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=backend, bos_token=bos, eos_token="<eos>", pad_token="<eos>"
     )
 
 
-def toy_scores(pairing: str, answers=ANSWERS):
+def toy_scores(compat: str, answers=ANSWERS):
     lm = FrozenLM("toy", ToyLM(), word_tokenizer(), stop_ids=frozenset({EOS}))
-    table = AnswerTable(lm, answers, tiny.config(pairing=pairing, latent_len=2))
+    table = AnswerTable(lm, answers, tiny.config(compat=compat, latent_len=2))
     batch = table.batch(np.arange(len(answers)))
     first = torch.tensor([int(answer.split()[0][1:]) for answer in answers])
     prefix_BMD = torch.eye(WORDS)[first][:, None].repeat(1, 2, 1)
     return batch, supervised_scores(lm, prefix_BMD, batch)
 
 
-def assert_every_token_is_foreseen(pairing: str) -> None:
-    batch, scores = toy_scores(pairing)
+def assert_every_token_is_foreseen(compat: str) -> None:
+    batch, scores = toy_scores(compat)
     assert batch.num_rows > len(ANSWERS)
     assert scores.nll.max() < 1e-3
     assert scores.top1.all()
@@ -84,7 +86,7 @@ def assert_every_token_is_foreseen(pairing: str) -> None:
 
 def test_each_position_predicts_its_next_token():
     """The toy foresees every answer token and EOS: the first from the anchor, no pair is off."""
-    assert_every_token_is_foreseen("next")
+    assert_every_token_is_foreseen("none")
 
 
 def test_the_double_shift_twin_fails_the_same_test():
@@ -96,7 +98,7 @@ def test_the_double_shift_twin_fails_the_same_test():
 
 
 def test_every_answer_token_and_eos_is_a_target_once():
-    batch, _ = toy_scores("next")
+    batch, _ = toy_scores("none")
     words = sorted(int(word[1:]) for answer in ANSWERS for word in answer.split())
     assert sorted(batch.target_N.tolist()) == [EOS] * len(ANSWERS) + words
     firsts = [int(answer.split()[0][1:]) for answer in ANSWERS]
@@ -106,8 +108,8 @@ def test_every_answer_token_and_eos_is_a_target_once():
 def test_padding_is_no_target_though_pad_is_eos():
     """Alone or beside a longer answer, an example has the same targets."""
     for i, answer in enumerate(ANSWERS):
-        alone, _ = toy_scores("next", [answer])
-        together, _ = toy_scores("next")
+        alone, _ = toy_scores("none", [answer])
+        together, _ = toy_scores("none")
         width = together.tail_BT.shape[1] + 3  # BOS and two latents
         mine = together.position_N // width == i
         assert together.target_N[mine].tolist() == alone.target_N.tolist()
@@ -165,10 +167,69 @@ def test_double_shift_is_the_next_pair_one_later(batch):
     answers, lengths, complete, prefix = batch
     where = dict(prefix_len=prefix, seq_len=int((prefix + answers.shape[1]).max()), eos=1)
     right = pair_targets(answers, lengths, complete, **where)
-    twin = pair_targets(answers, lengths, complete, pairing="double_shift", **where)
+    twin = pair_targets(answers, lengths, complete, shift=1, **where)
     meant = dict(zip(right.position.tolist(), right.target.tolist(), strict=True))
     assert all(meant[p + 1] == t for p, t in zip(twin.position, twin.target, strict=True))
     assert len(twin.target) == (lengths + complete - 1).clip(min=0).sum()
+
+
+@pytest.mark.parametrize(
+    ("bos", "added", "policy", "tails", "answer_pairs", "first_pairs"),
+    [
+        # Llama, Stage A. Positions: BOS Z Z Answer : BOS w27 w28 w29, nine to a sequence; two
+        # teacher-forced sequences, then two of the first token. The colon predicts the first
+        # word, the BOS behind it the second one, the first word the third one.
+        (
+            "<bos>", True, "yes",
+            [[2, 3, 1, 27, 28, 29], [2, 3, 1, 19, 0, 0], [2, 3, 1, 0, 0, 0], [2, 3, 1, 0, 0, 0]],
+            [(4, 27), (5, 28), (6, 29), (13, 19)],
+            [(18 + 5, 27), (27 + 5, 19)],
+        ),
+        # Llama, Stage B: the first token is asked of the colon; the other path keeps its BOS.
+        (
+            "<bos>", True, "no",
+            [[2, 3, 1, 27, 28, 29], [2, 3, 1, 19, 0, 0], [2, 3, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0]],
+            [(4, 27), (5, 28), (6, 29), (13, 19)],
+            [(18 + 4, 27), (27 + 4, 19)],
+        ),
+        # Qwen has no BOS: Z Z Answer : w27 w28 w29. The colon is asked for the second word by one
+        # term and for the first by the other; an answer of one word has no target in the first.
+        (
+            None, False, "yes",
+            [[2, 3, 27, 28, 29], [2, 3, 19, 0, 0], [2, 3, 0, 0, 0], [2, 3, 0, 0, 0]],
+            [(3, 28), (4, 29)],
+            [(14 + 3, 27), (21 + 3, 19)],
+        ),
+        # SmolLM2 has a BOS that encode() does not add: it is on the first-token path only.
+        (
+            "<bos>", False, "yes",
+            [[2, 3, 27, 28, 29], [2, 3, 19, 0, 0], [2, 3, 1, 0, 0], [2, 3, 1, 0, 0]],
+            [(3, 28), (4, 29)],
+            [(14 + 4, 27), (21 + 4, 19)],
+        ),
+    ],
+    ids=["bos_stage_a", "bos_stage_b", "no_bos", "silent_bos"],
+)  # fmt: skip
+def test_pairs_of_the_original_written_out(bos, added, policy, tails, answer_pairs, first_pairs):
+    """compat=original, as the original's inputs and labels come out of a model that shifts labels
+    itself; no EOS (0) is a target anywhere."""
+    lm = FrozenLM("toy", ToyLM(), word_tokenizer(bos=bos, added=added))
+    settings = dict(compat="original", train_append_bos_after_prefix=policy, latent_len=2)
+    table = AnswerTable(lm, ["w27 w28 w29", "w19"], tiny.config(**settings))
+    batch = table.batch(np.arange(2))
+    assert batch.tail_BT.tolist() == tails
+    pairs = list(zip(batch.position_N.tolist(), batch.target_N.tolist(), strict=True))
+    for flags_N, expected in ((batch.answer_N, answer_pairs), (batch.first_N, first_pairs)):
+        assert [pair for pair, flag in zip(pairs, flags_N, strict=True) if flag] == expected
+    assert not (batch.answer_N & batch.first_N).any()
+    real = sum(len(batch.head_H) + 2 + np.count_nonzero(tail) for tail in tails)
+    assert batch.num_positions == real
+
+
+def test_rows_serve_both_terms_where_nothing_is_repeated():
+    """compat=none: every row is in the answer term, the first one of an example in both."""
+    batch, _ = toy_scores("none")
+    assert batch.answer_N.all() and batch.first_N.sum() == len(ANSWERS)
 
 
 @settings(max_examples=50, deadline=None)
@@ -293,14 +354,14 @@ def test_cut_answers_lose_their_eos():
     assert batch.target_N.tolist() == [19, EOS, 27, 28, 38, 39, EOS, 45, 46]
 
 
-@pytest.mark.parametrize("pairing", ["next", "double_shift"])
-@pytest.mark.parametrize("limit", [1, 2, 50])
-def test_targets_are_counted_before_they_are_made(pairing, limit):
-    """The loss is divided by this count: it must be the batch's number of rows."""
+@pytest.mark.parametrize("compat", ["none", "double_shift", "original"])
+@pytest.mark.parametrize("limit", [2, 3, 50])
+def test_targets_are_counted_before_they_are_made(compat, limit):
+    """The loss is divided by this count: it must be the batch's rows of the answer term."""
     lm = FrozenLM("toy", ToyLM(), word_tokenizer())
-    table = AnswerTable(lm, ANSWERS, tiny.config(pairing=pairing, max_answer_tokens=limit))
+    table = AnswerTable(lm, ANSWERS, tiny.config(compat=compat, max_answer_tokens=limit))
     for index in (np.arange(4), np.array([2, 0]), np.array([3])):
-        assert table.num_targets(index) == table.batch(index).num_rows
+        assert table.num_targets(index) == table.batch(index).answer_N.sum()
 
 
 @settings(max_examples=100, deadline=None)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from lw_kernels import CrossEntropyRows, linear_masked_ce
 from torch import Tensor, nn
 
+from lw_fast import quantised
 from lw_fast.config import BackboneConfig
 from lw_fast.errors import UserError
 
@@ -224,8 +225,9 @@ def load_frozen_lm(
     transformers.utils.logging.disable_progress_bar()  # seconds at most, and ours has its own
     dtype = compute_dtype(config.backbone_dtype, device)
     options = dict(dtype=dtype, attn_implementation=_attention(config, device))
-    if config.backbone_dtype in ("nf4", "int8"):
-        options["quantization_config"] = _quantization(config.backbone_dtype)
+    is_quantised = config.backbone_dtype in quantised.KINDS
+    if is_quantised:
+        options["quantization_config"] = quantised.quantisation(config.backbone_dtype)
         options["device_map"] = {"": device}
     kind, _, rest = source.partition(":")
     if kind == "random":
@@ -240,7 +242,10 @@ def load_frozen_lm(
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
-    model.to(device) if "device_map" not in options else None
+    if is_quantised:
+        quantised.settle(name, model, device)
+    else:
+        model.to(device)
     return FrozenLM(
         name,
         model,
@@ -310,13 +315,14 @@ def _random(spec: str, options: dict, device: torch.device) -> tuple[nn.Module, 
     shape_name, _, tokenizer_source = spec.partition("@")
     if shape_name not in RANDOM_SHAPES:
         raise UserError(f"random:{shape_name} is unknown; there are {', '.join(RANDOM_SHAPES)}")
-    if "quantization_config" in options:
-        raise UserError("random: LMs cannot be quantised on loading; save one to a folder first")
     shape = dict(RANDOM_SHAPES[shape_name])
     family = shape.pop("model_type")
     config = AutoConfig.for_model(family, **shape)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, **options)
+    if "quantization_config" in options:
+        model = quantised.random_lm(config, options, device)
+    else:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, **options)
     default = "nano:llama" if family == "llama" else "nano:qwen"
     return model, load_tokenizer(shape_name, tokenizer_source or default)
 
@@ -327,22 +333,6 @@ def _attention(config: BackboneConfig, device: torch.device) -> str:
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
-
-
-def _quantization(kind: str) -> Any:
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise UserError(f"backbone_dtype={kind} needs bitsandbytes: pip install 'lw_fast[quant]'")
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lw_fast import checkpoint, run_folder
+from lw_fast import checkpoint, quantised, run_folder
 from lw_fast.batches import Order, micro_slices
 from lw_fast.config import Config
 from lw_fast.engine import World, build_engine
@@ -123,6 +123,7 @@ def setup_run(
     if batch_size % world.size:
         raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
     asked_for(config)  # not only after hours of training
+    _check_backbone(config, ds_config)
     if config.adapter.calibration == "train_stats":
         raise UserError(
             "calibration=train_stats is for evaluation: training makes those statistics"
@@ -161,6 +162,15 @@ def setup_run(
         order=Order(len(examples), batch_size, config.optim.seed),
         meter=Meter(costs, devices=world.size, synchronize=synchronize),
     )
+
+
+def _check_backbone(config: Config, ds_config: dict[str, Any] | None) -> None:
+    kind = config.backbone.backbone_dtype
+    if kind in quantised.KINDS and ds_config and ds_config["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"backbone_dtype={kind} does not go with ZeRO-3: what bitsandbytes packs into one "
+            "tensor cannot be cut into shards; take ds_configs/zero2.json"
+        )
 
 
 def _loop(run: Run) -> dict[str, Any] | None:

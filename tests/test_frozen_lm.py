@@ -240,10 +240,8 @@ def test_random_lms_take_another_tokenizer(small_shapes, lm_dirs):
     assert lm.tokenizer("Ada").input_ids != load("random:llama-3.1-8b").tokenizer("Ada").input_ids
 
 
-def test_random_refusals(small_shapes, monkeypatch):
+def test_unknown_random_lms():
     assert "random:gpt-9 is unknown; there are llama-3.1-8b" in refusal("random:gpt-9")
-    monkeypatch.setattr(frozen_lm, "_quantization", lambda kind: kind)
-    assert "cannot be quantised" in refusal("random:qwen2.5-7b", backbone_dtype="nf4")
 
 
 # ------------------------------------------------------------------------------- GGUF
@@ -431,20 +429,6 @@ def test_an_eos_that_the_lm_does_not_know(lm_dirs, tmp_path):
     """A tokenizer of another model: its EOS has no row in this one's matrices."""
     folder = with_eos(copy_of(lm_dirs, tmp_path), "<|no-such-end|>")
     assert "EOS is not among the 320 tokens" in refusal(folder)
-
-
-def test_quantisation_needs_bitsandbytes(lm_dirs, monkeypatch):
-    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
-    for kind in ("nf4", "int8"):
-        assert "pip install 'lw_fast[quant]'" in refusal(lm_dirs["qwen"], backbone_dtype=kind)
-
-
-def test_quantisation_options():
-    pytest.importorskip("bitsandbytes")
-    nf4, int8 = frozen_lm._quantization("nf4"), frozen_lm._quantization("int8")
-    assert nf4.load_in_4bit and nf4.bnb_4bit_quant_type == "nf4" and nf4.bnb_4bit_use_double_quant
-    assert nf4.bnb_4bit_compute_dtype == torch.bfloat16
-    assert int8.load_in_8bit and not int8.load_in_4bit
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

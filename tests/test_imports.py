@@ -34,7 +34,7 @@ LAYERS = (
     "decode bridge",
     "batches alignment",
     "encoder engine frozen_lm",
-    "latent_head adapter sequence source losses optim checkpoint meters nano progress",
+    "latent_head adapter sequence source losses optim checkpoint meters nano progress quantised",
     "blocks chat data guardrails scoring nano_facts",
     "config run_results",
     "errors",
@@ -106,7 +106,7 @@ def test_only_engine_imports_deepspeed():
 
 
 def test_only_the_lm_modules_import_transformers():
-    assert who_imports("transformers") <= {"frozen_lm", "nano", "decode"}
+    assert who_imports("transformers") <= {"frozen_lm", "quantised", "nano", "decode"}
 
 
 def test_only_data_imports_datasets():

@@ -7,6 +7,7 @@ a guess. Nothing here touches a GPU when it is imported.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -224,6 +225,15 @@ def reset_peak_memory(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what nothing refers to any more, cycles of objects too."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def max_over_ranks(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.encoder import SourceBatch
 from lw_fast.frozen_lm import FrozenLM
+from lw_fast.losses import TeacherRows
 from lw_fast.sequence import make_layout, training_answers
 from lw_fast.source import Sources
 
@@ -52,6 +53,8 @@ class AnswerBatch:
     """bool: rows of the answer term, which are all of them but with compat=original."""
     num_positions: int
     """Real (not padded) positions, for the FLOP count."""
+    teacher: TeacherRows | None = None
+    """Soft targets of the same rows, where the loss asks for them."""
 
     @property
     def num_rows(self) -> int:
@@ -176,9 +179,18 @@ class Tables:
     sources: SourceTable
     answers: Mapping[str, AnswerTable]
     examples: Sequence[Example]
+    teachers: Mapping[str, Callable[[np.ndarray], TeacherRows]] = field(default_factory=dict)
+    """Soft targets of the answers per LM (teacher.py), where the loss asks for them."""
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def answer_batch(self, name: str, index: np.ndarray) -> AnswerBatch:
+        """The answer side of `index` for one LM, with its soft targets."""
+        batch = self.answers[name].batch(index)
+        if name in self.teachers:
+            batch = replace(batch, teacher=self.teachers[name](index))
+        return batch
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from lw_fast.batches import AnswerBatch
 from lw_fast.config import Config, LossConfig
 from lw_fast.encoder import Encoded, SourceBatch, build_encoder
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum
+from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum, teacher_kl_sum
 
-STATS = ("nll_sum", "first_nll_sum", "first_top1_sum", "first_top5_sum", "row_top1_sum")
+STATS = ("nll_sum", "first_nll_sum", "first_top1_sum", "first_top5_sum", "row_top1_sum", "kl_sum")
 """What `frozen_lm_loss` reports per LM, summed over the batch, in this order."""
 
 
@@ -139,11 +139,18 @@ def supervised_scores(
     weights_N: Tensor | None = None,
 ) -> CrossEntropyRows:
     """Loss and hits of the rows that predict an answer token, from one forward pass."""
+    hidden_ND = supervised_states(lm, raw_BMD, answers, calibration)
+    return lm.score(hidden_ND, answers.target_N, weights_N)
+
+
+def supervised_states(
+    lm: FrozenLM, raw_BMD: Tensor, answers: AnswerBatch, calibration: Calibration = AS_IT_IS
+) -> Tensor:
+    """Hidden states [N, D] of those rows."""
     if len(answers.tail_BT) > len(raw_BMD):  # compat=original: two sequences per example
         raw_BMD = raw_BMD.repeat(len(answers.tail_BT) // len(raw_BMD), 1, 1)
     embeds_BSD = frame_prefix(lm, answers.head_H, raw_BMD, answers.tail_BT, calibration)
-    hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[answers.position_N]
-    return lm.score(hidden_ND, answers.target_N, weights_N)
+    return lm.hidden(embeds_BSD).flatten(0, 1)[answers.position_N]
 
 
 class _FrozenLMLoss(torch.autograd.Function):
@@ -178,18 +185,25 @@ def frozen_lm_loss(
     *,
     row_weight: float,
     first_weight: float,
+    kl_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(weighted NLL of the answers, STATS [5]) of one LM; the gradient flows to the prefix."""
+    """(weighted NLL of the answers and KL to their teacher, STATS [6]) of one LM; the gradient
+    flows to the prefix."""
     weights_N = row_weight * answers.answer_N.float() + first_weight * answers.first_N.float()
 
     def run(raw_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        rows = supervised_scores(lm, raw_BMD, answers, calibration, weights_N)
+        hidden_ND = supervised_states(lm, raw_BMD, answers, calibration)
+        rows = lm.score(hidden_ND, answers.target_N, weights_N)
+        loss, kl = rows.loss.sum(), rows.nll.new_zeros(())
+        if answers.teacher is not None:
+            kl = teacher_kl_sum(lm.logits(hidden_ND), answers.teacher, lm.kernels)
+            loss = loss + kl_weight * kl
         with torch.no_grad():
             facts_N3 = torch.stack([rows.nll, rows.top1.float(), rows.top5.float()], dim=1)
             every = (facts_N3 * answers.answer_N[:, None]).sum(0)
             first = (facts_N3 * answers.first_N[:, None]).sum(0)
-            stats = torch.stack([every[0], first[0], first[1], first[2], every[1]])
-        return rows.loss.sum(), stats
+            stats = torch.stack([every[0], first[0], first[1], first[2], every[1], kl])
+        return loss, stats
 
     if torch.is_grad_enabled() and raw_BMD.requires_grad:
         return _FrozenLMLoss.apply(raw_BMD, run)
@@ -213,13 +227,15 @@ def step_loss(
     num_lms, share = len(lms), len(source.ids_BU) / counts.examples
     total, sums = output.encoded.z_BMZ.new_zeros((), dtype=torch.float32), {}
     for name, lm in lms.items():
+        row_weight = 1 / (num_lms * max(counts.rows[name], 1))
         lm_loss, sums[name] = frozen_lm_loss(
             lm,
             output.raw[name],
             answers[name],
             bridge.calibration(name),
-            row_weight=1 / (num_lms * max(counts.rows[name], 1)),
+            row_weight=row_weight,
             first_weight=loss.first_token_ce_weight / (num_lms * counts.examples),
+            kl_weight=loss.kl_weight * row_weight,
         )
         total = total + lm_loss
         if output.encoded.carried_BM is not None and loss.align_weight:

@@ -143,6 +143,17 @@ class LossConfig:
         "every step trains through all LMs, or through one that is drawn (seeded)",
         choices=("all", "one"),
     )
+    kl_weight: float = setting(
+        0.0,
+        "pull of every answer row towards the same LM behind the full text, KL(text || latent)",
+    )
+    kl_temperature: float = setting(1.0, "temperature of both sides of that KL")
+    kl_top_k: int = setting(64, "tokens kept of each row behind the text")
+    teacher_cache: str = setting(
+        "auto",
+        "keep those rows on the device, read once before training; off: read them in every step",
+        choices=("auto", "on", "off"),
+    )
     scale_l2: float = setting(0.0, "pull of adapter.scale towards 1")
     adapter_rms_l2: float = setting(0.0, "pull of the raw prefix RMS towards the LM's")
     align_weight: float = setting(
@@ -316,14 +327,16 @@ RESUMABLE_CHANGES = frozenset(
 
 _POSITIVE = (
     "latent_len d_z max_bytes max_source_tokens encoder_dim encoder_layers encoder_heads "
-    "copy_bytes adapter_dim epochs batch_size max_answer_tokens max_new_tokens chunk_size log_every"
+    "copy_bytes adapter_dim epochs batch_size max_answer_tokens max_new_tokens chunk_size "
+    "log_every kl_temperature kl_top_k"
 ).split()
 _NOT_NEGATIVE = (
     "samples eval_samples max_answer_chars channel_spans span_weight gold_span_until "
     "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight align_weight scale_l2 "
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
     "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last "
-    "smoke_samples supervise_first_k first_token_temperature debug_print_first debug_topk"
+    "smoke_samples supervise_first_k kl_weight first_token_temperature debug_print_first "
+    "debug_topk"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
 _NOT_LM_NAMES = ("loss", "span", "align", "counts", "encoder")
@@ -370,6 +383,8 @@ def _validate(config: Config) -> None:
             "latent_anchor_mode=text needs latent_anchor_text: there is no warm_anchor_text"
         )
     _validate_compat(config)
+    if config.loss.kl_weight and config.data.channel_spans:
+        raise UserError("kl_weight needs channel_spans=0: no text prompt asks to repeat a span")
     if config.encoder.encoder_dim % config.encoder.encoder_heads:
         raise UserError("encoder_dim must be a multiple of encoder_heads")
     if config.encoder.encoder_type == "byte_seed" and config.encoder.d_z % 8:
@@ -390,6 +405,8 @@ def _validate_compat(config: Config) -> None:
         raise UserError("compat=original chooses its targets itself: supervise_first_k must be 0")
     if compat == "original" and config.data.max_answer_tokens < 2:
         raise UserError("compat=original counts BOS among max_answer_tokens: it must be at least 2")
+    if compat != "none" and loss.kl_weight:
+        raise UserError(f"compat={compat} needs kl_weight=0: the text predicts the next token")
 
 
 def to_flat(config: Config) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lw_fast.batches import to_device
 from lw_fast.config import Config
@@ -27,6 +26,7 @@ from lw_fast.decode import DecodeRules, greedy
 from lw_fast.diagnostics import diagnose, peeks
 from lw_fast.errors import UserError
 from lw_fast.eval_files import write_evaluation
+from lw_fast.forcing import forced_rows
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel
 from lw_fast.prompts import (
@@ -46,7 +46,7 @@ from lw_fast.scoring import (
     score,
     unique_count,
 )
-from lw_fast.sequence import Frame, pair_targets, tokenize_answers
+from lw_fast.sequence import Frame, tokenize_answers
 
 PROTOCOLS = ("clean", "seed")
 
@@ -244,25 +244,7 @@ def _score_chunk(
     index: np.ndarray,
     out: GoldScores,
 ) -> None:
-    length_B = np.array([len(tokens) for tokens in ids])
-    answers_BL = np.zeros((len(ids), max(length_B.max(), 1)), dtype=np.int64)
-    for row, tokens in zip(answers_BL, ids, strict=True):
-        row[: len(tokens)] = tokens
-    answer_embeds = lm.embed(to_device(answers_BL, lm.device))
-    whole = [
-        torch.cat([prompt, answer[:length]])
-        for prompt, answer, length in zip(prompts, answer_embeds, length_B, strict=True)
-    ]
-    embeds_BSD = pad_sequence(whole, batch_first=True)
-    rows = pair_targets(
-        answers_BL,
-        length_B,
-        complete_B,
-        prefix_len=np.array([len(prompt) for prompt in prompts]),
-        seq_len=embeds_BSD.shape[1],
-        eos=frame.eos,
-    )
-    hidden_ND = lm.hidden(embeds_BSD).flatten(0, 1)[to_device(rows.position, lm.device)]
+    hidden_ND, rows = forced_rows(lm, prompts, ids, complete_B, frame.eos)
     scores = lm.score(hidden_ND, to_device(rows.target, lm.device))
     np.add.at(out.nll, index[rows.example], scores.nll.cpu().numpy())
     np.add.at(out.tokens, index[rows.example], 1)

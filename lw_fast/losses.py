@@ -7,8 +7,11 @@ same value however the batch is split.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+from lw_kernels import kl_topk
 from torch import Tensor
 
 from lw_fast.config import LossConfig
@@ -36,6 +39,30 @@ def span_loss_sum(span_logits_BU2: Tensor, span_B2: Tensor, mask_BU: Tensor) -> 
         ignore_index=-100,
         reduction="sum",
     )
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """Soft targets of N answer rows: a teacher's K likeliest next tokens."""
+
+    ids_NK: Tensor
+    """int64."""
+    log_probs_NK: Tensor
+    """fp32, at temperature 1; what they lack to a sum of 1 is the rest of the vocabulary."""
+    temperature: float = 1.0
+
+
+def teacher_kl_sum(logits_NV: Tensor, teacher: TeacherRows, impl: str = "auto") -> Tensor:
+    """Sum over rows of T^2 KL(teacher || student), both at temperature T, in nats.
+
+    The teacher is cut to its K tokens and normalised over them, the student is not: a student that
+    equals the whole teacher still has -log(mass of the K tokens). T^2 keeps the gradient's size.
+    """
+    temperature = teacher.temperature
+    kl_N = kl_topk(
+        logits_NV / temperature, teacher.log_probs_NK / temperature, teacher.ids_NK, impl=impl
+    )
+    return temperature**2 * kl_N.sum()
 
 
 def scale_penalty(scales: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from lw_fast import checkpoint
 from lw_fast.alignment import Alignment
 from lw_fast.batches import AnswerTable, SourceTable, Tables
 from lw_fast.bridge import LatentBridge
-from lw_fast.config import Config, from_dict, to_dict
+from lw_fast.config import Config, LossConfig, from_dict, to_dict
 from lw_fast.data import Example, channel_examples, eval_spec, load_examples
 from lw_fast.errors import UserError
 from lw_fast.frozen_lm import FrozenLM, compute_dtype, load_frozen_lm
 from lw_fast.reader import Reader
 from lw_fast.source import Sources, byte_sources, token_sources
+from lw_fast.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,33 @@ class LatentModel:
 
     def tables(self, examples: Sequence[Example]) -> Tables:
         """Everything a training step needs of `examples`, tokenised once."""
-        answers = [example.answers[0] for example in examples]
+        answers = self.answer_tables(examples)
         return Tables(
             sources=self.source_table(examples, self.sources(examples)),
-            answers={name: AnswerTable(lm, answers, self.config) for name, lm in self.lms.items()},
+            answers=answers,
             examples=examples,
+            teachers=self.teachers(examples, answers),
         )
+
+    def answer_tables(self, examples: Sequence[Example]) -> dict[str, AnswerTable]:
+        """The first answer of each example as each LM's targets."""
+        answers = [example.answers[0] for example in examples]
+        return {name: AnswerTable(lm, answers, self.config) for name, lm in self.lms.items()}
+
+    def teachers(
+        self, examples: Sequence[Example], answers: Mapping[str, AnswerTable]
+    ) -> dict[str, Teacher]:
+        """Each LM behind the full text, if the loss asks for it (kl_weight)."""
+        if self.config.loss.kl_weight:
+            return {
+                name: Teacher(lm, examples, answers[name], self.config)
+                for name, lm in self.lms.items()
+            }
+        start = LossConfig()
+        for knob in ("kl_temperature", "kl_top_k", "teacher_cache"):
+            if getattr(self.config.loss, knob) != getattr(start, knob):
+                logger.warning("%s has no effect: kl_weight is 0", knob)
+        return {}
 
     def batch(self, table: SourceTable, index: np.ndarray, use_gold_B: np.ndarray | None = None):
         """A SourceBatch with reader states where the encoder wants them."""

@@ -134,15 +134,14 @@ def latent_scores(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, float
 
 def change_settings(run: Any, change: Mapping[str, Any]) -> None:
     """Changes live settings of a run between two epochs; tokenises again where they say so."""
-    from lw_fast.batches import AnswerTable
-
     old = run.config
     new = from_dict({**to_dict(old), **change})
     run.config, run.model = new, dataclasses.replace(run.model, config=new)
     if (old.sequence, old.loss) != (new.sequence, new.loss):
-        answers = [example.answers[0] for example in run.tables.examples]
-        tables = {name: AnswerTable(lm, answers, new) for name, lm in run.model.lms.items()}
-        run.tables = dataclasses.replace(run.tables, answers=tables)
+        examples = run.tables.examples
+        answers = run.model.answer_tables(examples)
+        teachers = run.model.teachers(examples, answers)
+        run.tables = dataclasses.replace(run.tables, answers=answers, teachers=teachers)
 
 
 class ExperimentLog:

@@ -86,7 +86,18 @@ def make_prompts(
         "no_context": lambda: [f"Question: {e.question}\n" for e in examples],
     }[kind]()
     budget = token_budget_k if kind == "token_budget" else None
-    ids = _text_ids(lm.tokenizer, texts, frame.chat, budget, token_budget_mode)
+    return text_prompts(lm, frame, texts, budget, token_budget_mode)
+
+
+def text_prompts(
+    lm: FrozenLM,
+    frame: Frame,
+    texts: Sequence[str],
+    budget: int | None = None,
+    budget_mode: str = "content_only",
+) -> Prompts:
+    """Texts in a frame, each cut to `budget` tokens if there is one."""
+    ids = _text_ids(lm.tokenizer, texts, frame.chat, budget, budget_mode)
     framed = [[*frame.head, *tokens, *frame.anchor] for tokens in ids]
     return Prompts(
         lengths=[len(tokens) for tokens in framed],

@@ -61,6 +61,8 @@ def log_row(run: Run, norm: Tensor) -> dict[str, Any]:
         row[f"{name}/first_nll"] = stats["first_nll_sum"] / seen
         row[f"{name}/first_token_top1"] = stats["first_top1_sum"] / seen
         row[f"{name}/first_token_top5"] = stats["first_top5_sum"] / seen
+        if run.config.loss.kl_weight:
+            row[f"{name}/kl"] = stats["kl_sum"] / max(rows, 1)
     if "align" in sums:
         row["align_loss"] = sums["align"] / examples
     if "span" in sums:

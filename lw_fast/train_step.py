@@ -38,7 +38,7 @@ def train_step(run: Run) -> Tensor:
     positions = dict.fromkeys(answers, 0)
     for number, part in enumerate(slices):
         torch.manual_seed(_dropout_seed(config, step, run.world.rank, number))
-        batches = {name: table.batch(index[part]) for name, table in answers.items()}
+        batches = {name: run.tables.answer_batch(name, index[part]) for name in answers}
         source = run.model.batch(run.tables.sources, index[part], gold[part])
         output = run.engine(source)
         loss, sums = step_loss(

@@ -20,10 +20,14 @@ from lw_fast.data import Example
 from lw_fast.encoder import SourceBatch
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.losses import TeacherRows
-from lw_fast.sequence import make_layout, training_answers
+from lw_fast.packing import PackedSizes, Packing
+from lw_fast.sequence import SupervisedRows, make_layout, training_answers
 from lw_fast.source import Sources
 
 logger = logging.getLogger(__name__)
+
+IGNORE = -100
+"""Target of a row that is not supervised."""
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -44,9 +48,9 @@ class AnswerBatch:
     """int64: anchor and answer ids, right-padded; T = A + L. With compat=original there are two
     sequences per example, [2B, T] (sequence.Layout)."""
     position_N: Tensor
-    """int64: supervised rows in the flattened [B * S] positions."""
+    """int64: supervised rows among all positions, laid end to end."""
     target_N: Tensor
-    """int64: the token each row predicts."""
+    """int64: the token each row predicts; IGNORE on spare rows of a packed batch."""
     first_N: Tensor
     """bool: rows of the first-token term."""
     answer_N: Tensor
@@ -55,11 +59,8 @@ class AnswerBatch:
     """Real (not padded) positions, for the FLOP count."""
     teacher: TeacherRows | None = None
     """Soft targets of the same rows, where the loss asks for them."""
-
-    @property
-    def num_rows(self) -> int:
-        """Supervised rows N."""
-        return len(self.target_N)
+    packing: Packing | None = None
+    """Set where the batch is packed rather than padded."""
 
 
 class AnswerTable:
@@ -85,25 +86,59 @@ class AnswerTable:
         for row, tokens in zip(self.ids_NL, ids, strict=True):
             row[: len(tokens)] = tokens
         self.device = lm.device
+        # The original's two sequences per example stay padded: they are there to be compared with.
+        packed = lm.packed and config.sequence.compat != "original"
+        self.sizes = PackedSizes.of(self.length_N, self.layout.prefix_len) if packed else None
 
     def num_targets(self, index: np.ndarray) -> int:
         """Rows of the answer term that `index` will have."""
         return self.layout.num_targets(self.length_N[index], self.complete_N[index])
 
     def batch(self, index: np.ndarray) -> AnswerBatch:
-        """The answers of `index`, padded to the longest among them."""
-        length_B = self.length_N[index]
-        answers_BL = self.ids_NL[index, : length_B.max()]
-        tails, rows = self.layout.rows(answers_BL, length_B, self.complete_N[index])
+        """The answers of `index`: padded to the longest among them, or packed."""
+        length_B, packing = self.length_N[index], None
+        width = self.length_N.max() if self.sizes else length_B.max()
+        answers_BL = self.ids_NL[index, :width]
+        tails_BT, rows = self.layout.rows(answers_BL, length_B, self.complete_N[index])
+        if self.sizes:
+            rows, packing = self._pack(rows, length_B)
         return AnswerBatch(
-            head_H=torch.tensor(self.frame.head, dtype=torch.int64, device=self.device),
-            tail_BT=to_device(tails, self.device),
+            head_H=self._head_H,
+            tail_BT=to_device(tails_BT, self.device),
             position_N=to_device(rows.position, self.device),
             target_N=to_device(rows.target, self.device),
             first_N=to_device(rows.first, self.device),
             answer_N=to_device(rows.answer, self.device),
             num_positions=self.layout.num_positions(length_B),
+            packing=packing,
         )
+
+    @functools.cached_property
+    def _head_H(self) -> Tensor:
+        return torch.tensor(self.frame.head, dtype=torch.int64, device=self.device)
+
+    def _pack(self, rows: SupervisedRows, length_B: np.ndarray) -> tuple[SupervisedRows, Packing]:
+        """The padded rows at their places in a packed batch, filled up to a number of rows that
+        depends on R alone; and how the sequences lie."""
+        sizes = self.sizes
+        num_rows = sizes.num_rows(length_B)
+        cu_seqlens = sizes.cu_seqlens(length_B, num_rows)
+        sequence, place = np.divmod(rows.position, sizes.max_len)
+        spare = (0, sizes.num_targets(len(length_B), num_rows) - len(rows.target))
+        packed = SupervisedRows(
+            position=np.pad(cu_seqlens[sequence].astype(np.int64) + place, spare),
+            target=np.pad(rows.target, spare, constant_values=IGNORE),
+            example=np.pad(rows.example, spare),
+            first=np.pad(rows.first, spare),
+            answer=np.pad(rows.answer, spare),
+        )
+        packing = Packing(
+            num_rows=num_rows,
+            max_len=sizes.max_len,
+            tail_length_B=to_device(len(self.frame.anchor) + length_B, self.device),
+            cu_seqlens=to_device(cu_seqlens, self.device),
+        )
+        return packed, packing
 
 
 class SourceTable:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from lw_kernels import CrossEntropyRows, prefix_concat
+from lw_kernels import CrossEntropyRows, PrefixConcat, prefix_concat
 from torch import Tensor, nn
 
 from lw_fast.adapter import AS_IT_IS, KERNEL_MODE, Adapter, Calibration, calibrate, rms
@@ -111,24 +111,27 @@ class StepCounts:
 
 
 def frame_prefix(
-    lm: FrozenLM,
-    head_H: Tensor,
-    raw_BMD: Tensor,
-    tail_BT: Tensor,
-    calibration: Calibration = AS_IT_IS,
-) -> Tensor:
-    """[head][calibrated prefix][tail] as input embeddings [B, H + M + T, D] in the LM's dtype."""
+    lm: FrozenLM, raw_BMD: Tensor, answers: AnswerBatch, calibration: Calibration = AS_IT_IS
+) -> PrefixConcat:
+    """[head][calibrated prefix][anchor and answer] as input embeddings in the LM's dtype, padded
+    [B, H + M + T, D] or packed [R, D]."""
+    tail_BT, packing = answers.tail_BT, answers.packing
+    if packing is None:
+        tail_length_B = torch.full((len(tail_BT),), tail_BT.shape[1], device=tail_BT.device)
+    else:
+        tail_length_B = packing.tail_length_B
     return prefix_concat(
         raw_BMD,
         lm.model.get_input_embeddings().weight,
         tail_BT,
-        torch.full((len(tail_BT),), tail_BT.shape[1], device=tail_BT.device),
-        head_ids_H=head_H,
+        tail_length_B,
+        head_ids_H=answers.head_H,
         calibration=KERNEL_MODE[calibration.mode],
         target_rms=calibration.target_rms,
         gain=calibration.gain,
+        packed_rows=None if packing is None else packing.num_rows,
         impl=lm.kernels,
-    ).embeds
+    )
 
 
 def supervised_scores(
@@ -149,8 +152,13 @@ def supervised_states(
     """Hidden states [N, D] of those rows."""
     if len(answers.tail_BT) > len(raw_BMD):  # compat=original: two sequences per example
         raw_BMD = raw_BMD.repeat(len(answers.tail_BT) // len(raw_BMD), 1, 1)
-    embeds_BSD = frame_prefix(lm, answers.head_H, raw_BMD, answers.tail_BT, calibration)
-    return lm.hidden(embeds_BSD).flatten(0, 1)[answers.position_N]
+    framed = frame_prefix(lm, raw_BMD, answers, calibration)
+    if answers.packing is None:
+        hidden_RD = lm.hidden(framed.embeds).flatten(0, 1)
+    else:
+        hidden_RD = lm.hidden_packed(framed.embeds, framed.position_ids, answers.packing)
+    # Its backward adds rows up; that of plain indexing sorts them first.
+    return hidden_RD.index_select(0, answers.position_N)
 
 
 class _FrozenLMLoss(torch.autograd.Function):
@@ -196,7 +204,8 @@ def frozen_lm_loss(
         rows = lm.score(hidden_ND, answers.target_N, weights_N)
         loss, kl = rows.loss.sum(), rows.nll.new_zeros(())
         if answers.teacher is not None:
-            kl = teacher_kl_sum(lm.logits(hidden_ND), answers.teacher, lm.kernels)
+            taught_ND = hidden_ND[: len(answers.teacher.ids_NK)]  # without spare rows
+            kl = teacher_kl_sum(lm.logits(taught_ND), answers.teacher, lm.kernels)
             loss = loss + kl_weight * kl
         with torch.no_grad():
             facts_N3 = torch.stack([rows.nll, rows.top1.float(), rows.top5.float()], dim=1)

@@ -190,12 +190,24 @@ class BackboneConfig:
     """How the frozen LMs are loaded."""
 
     backbone_dtype: str = setting(
-        "auto", "auto: bf16 on GPUs, fp32 on CPUs", choices=("auto", "bf16", "fp32", "nf4", "int8")
+        "auto",
+        "auto: bf16 on GPUs, fp32 on CPUs; fp8: the layers' matmuls in e4m3 (Hopper or newer)",
+        choices=("auto", "bf16", "fp32", "fp8", "nf4", "int8"),
     )
     attn_implementation: str = setting(
         "auto",
         "auto: flash_attention_2 where installed on a GPU, else sdpa",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    layout: str = setting(
+        "auto",
+        "answers of a training batch: packed end to end without padding (auto: on GPUs), or padded",
+        choices=("auto", "packed", "padded"),
+    )
+    compile_layers: str = setting(
+        "auto",
+        "compile the LMs' layers for training (auto: on GPUs, with layout packed)",
+        choices=("auto", "yes", "no"),
     )
     grad_ckpt: bool = setting(
         False, "recompute the LMs' layers in the backward pass: less memory, a third more time"
@@ -385,6 +397,10 @@ def _validate(config: Config) -> None:
     _validate_compat(config)
     if config.loss.kl_weight and config.data.channel_spans:
         raise UserError("kl_weight needs channel_spans=0: no text prompt asks to repeat a span")
+    if config.backbone.layout == "packed" and config.backbone.attn_implementation == "eager":
+        raise UserError("layout=packed needs attn_implementation other than eager")
+    if config.backbone.layout == "padded" and config.backbone.compile_layers == "yes":
+        raise UserError("compile_layers=yes needs layout=packed: padded batches change shape")
     if config.encoder.encoder_dim % config.encoder.encoder_heads:
         raise UserError("encoder_dim must be a multiple of encoder_heads")
     if config.encoder.encoder_type == "byte_seed" and config.encoder.d_z % 8:

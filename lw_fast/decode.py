@@ -85,7 +85,7 @@ def greedy(
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=lm.device)
     chosen: list[Tensor] = []
     for step in range(rules.max_new_tokens):
-        output = lm.model.base_model(
+        output = lm.backbone(
             inputs_embeds=embeds_BSD,
             attention_mask=mask_BS,
             position_ids=position_BS,

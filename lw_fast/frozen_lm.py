@@ -7,15 +7,15 @@ without downloads; TOKENIZER is a folder or .gguf file, by default the shipped n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from lw_fast import quantised
 from lw_fast.config import BackboneConfig
 from lw_fast.errors import UserError
+from lw_fast.fp8 import allow_backward, to_fp8
+from lw_fast.packed_attention import packed_attention
+from lw_fast.packing import Packing
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,11 @@ class FrozenLM:
     """Implementation of the fused operations: auto, torch or triton."""
     grad_ckpt: bool = False
     """Whether `hidden` recomputes the layers in the backward pass."""
+    packed: bool = False
+    """Whether training batches come without padding (`hidden_packed`)."""
+    compiled: bool = False
+    """Whether `hidden_packed` runs compiled layers."""
+    _ready_for_backward: bool = False
 
     @property
     def d_model(self) -> int:
@@ -99,14 +107,14 @@ class FrozenLM:
         """Where the LM lies."""
         return self.model.get_input_embeddings().weight.device
 
-    @cached_property
+    @functools.cached_property
     def embed_rms(self) -> float:
         """RMS over ALL rows of the input embedding, computed once."""
         weight = self.model.get_input_embeddings().weight
         total = sum(chunk.float().square().sum().item() for chunk in weight.split(8192))
         return (total / weight.numel()) ** 0.5
 
-    @cached_property
+    @functools.cached_property
     def num_layer_parameters(self) -> int:
         """Parameters N of the decoder layers (what FLOPs are counted with)."""
         shape = self.model.config
@@ -123,16 +131,62 @@ class FrozenLM:
         """Token ids [...] -> embeddings [..., D]."""
         return self.model.get_input_embeddings()(ids)
 
+    def backbone(self, **inputs: Any) -> Any:
+        """The decoder below its head, with transformers' own arguments and output. Shapes are
+        free: compiled layers run as they are written."""
+        with torch.compiler.set_stance("force_eager"):
+            return self.model.base_model(**inputs)
+
     def hidden(self, embeds_BSD: Tensor) -> Tensor:
         """Right-padded input embeddings -> last hidden states [B, S, D], causal, no cache."""
+        self._expect_gradient(embeds_BSD)
         with self._recomputing():
-            output = self.model.base_model(inputs_embeds=embeds_BSD, use_cache=False)
-        return output.last_hidden_state
+            return self.backbone(inputs_embeds=embeds_BSD, use_cache=False).last_hidden_state
+
+    def hidden_packed(self, embeds_RD: Tensor, position_R: Tensor, packing: Packing) -> Tensor:
+        """Packed input embeddings -> last hidden states [R, D], causal within each sequence.
+
+        Compiled layers, if asked for, are used here alone: R is nearly always the same.
+        """
+        self._expect_gradient(embeds_RD)
+        with self._recomputing(), self._packed_attention():
+            run = self.model.base_model if self.compiled else self.backbone
+            output = run(
+                inputs_embeds=embeds_RD[None],
+                position_ids=position_R[None],
+                use_cache=False,
+                cu_seq_lens_q=packing.cu_seqlens,
+                cu_seq_lens_k=packing.cu_seqlens,
+                max_length_q=packing.max_len,
+                max_length_k=packing.max_len,
+            )
+        return output.last_hidden_state[0]
+
+    def _expect_gradient(self, embeds: Tensor) -> None:
+        """FP8 layers are readied for a backward pass when the first one is coming."""
+        if embeds.requires_grad and not self._ready_for_backward:
+            allow_backward(self.model.base_model)
+            self._ready_for_backward = True
+
+    @contextmanager
+    def _packed_attention(self) -> Iterator[None]:
+        """Inside, attention reads cu_seqlens; FlashAttention of transformers does so anyway."""
+        config = self.model.config
+        usual = config._attn_implementation
+        if usual == "flash_attention_2":
+            yield
+            return
+        config._attn_implementation = _register_packed_attention()
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
 
     def rerun(self, config: BackboneConfig) -> FrozenLM:
-        """The same weights, run as `config` says: its kernels, grad_ckpt and attention."""
+        """The same weights, run as `config` says: its kernels, grad_ckpt, attention, layout and
+        compilation."""
         self.model.set_attn_implementation(_attention(config, self.device))
-        return replace(self, kernels=config.kernels, grad_ckpt=config.grad_ckpt)
+        return _as_asked(self, config)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -150,7 +204,7 @@ class FrozenLM:
             for layer in layers:
                 layer.training = False
 
-    @cached_property
+    @functools.cached_property
     def _layers(self) -> list[nn.Module]:
         """The layers that can be recomputed, set up for it."""
         self.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -185,9 +239,32 @@ class FrozenLM:
         Each state is standardised (mean 0, variance 1), so that layers are equally loud and what
         is cached needs no norm in the training step.
         """
-        output = self.model.base_model(input_ids=ids_BU, use_cache=False, output_hidden_states=True)
-        states = [output.hidden_states[layer] for layer in layers]
-        return torch.cat([F.layer_norm(state, state.shape[-1:]) for state in states], dim=-1)
+        states: dict[int, Tensor] = {0: self.embed(ids_BU)}
+        with self._watching(layers, states):
+            output = self.backbone(inputs_embeds=states[0], use_cache=False)
+        states[self.model.config.num_hidden_layers] = output.last_hidden_state
+        return torch.cat([F.layer_norm(states[n], states[n].shape[-1:]) for n in layers], dim=-1)
+
+    @contextmanager
+    def _watching(self, layers: Sequence[int], states: dict[int, Tensor]) -> Iterator[None]:
+        """Inside, what the numbered layers put out goes into `states`.
+
+        output_hidden_states=True would leave hooks behind that compiled layers stumble over.
+        """
+
+        def keep(number: int) -> Callable[..., None]:
+            def hook(_module, _inputs, output) -> None:
+                states[number] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        modules = self.model.base_model.layers
+        handles = [modules[n - 1].register_forward_hook(keep(n)) for n in layers if n]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def resolve_layers(self, spec: str) -> tuple[int, ...]:
         """`"0,0.6,22"` -> layer numbers: integers count layers, fractions the depth."""
@@ -201,6 +278,15 @@ class FrozenLM:
         if not all(0 <= layer <= depth for layer in layers):
             raise UserError(f"reader_layers {spec!r} is outside 0..{depth} of {self.name}")
         return layers
+
+
+@functools.cache
+def _register_packed_attention() -> str:
+    """Makes it known to transformers once; returns the name that selects it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("lw_packed", packed_attention)
+    return "lw_packed"
 
 
 def _checkpointing_layer() -> type[nn.Module]:
@@ -246,15 +332,41 @@ def load_frozen_lm(
         quantised.settle(name, model, device)
     else:
         model.to(device)
-    return FrozenLM(
-        name,
-        model,
-        tokenizer,
-        source,
-        _stop_ids(model, tokenizer),
-        config.kernels,
-        config.grad_ckpt,
+    if config.backbone_dtype == "fp8":
+        to_fp8(model.base_model.layers)
+    lm = FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer))
+    return _as_asked(lm, config)
+
+
+def _as_asked(lm: FrozenLM, config: BackboneConfig) -> FrozenLM:
+    packed = _packs(config, lm.device)
+    compiled = _compiles(config, lm.device, packed)
+    if compiled:
+        _compile_layers(lm.model)
+    return replace(
+        lm, kernels=config.kernels, grad_ckpt=config.grad_ckpt, packed=packed, compiled=compiled
     )
+
+
+def _packs(config: BackboneConfig, device: torch.device) -> bool:
+    """Whether training batches are packed: by default where attention can skip between rows."""
+    if config.layout == "auto":
+        return device.type == "cuda" and config.attn_implementation != "eager"
+    return config.layout == "packed"
+
+
+def _compiles(config: BackboneConfig, device: torch.device, packed: bool) -> bool:
+    if config.compile_layers == "auto":
+        return packed and device.type == "cuda" and config.backbone_dtype not in ("nf4", "int8")
+    return config.compile_layers == "yes"
+
+
+def _compile_layers(model: nn.Module) -> None:
+    """One graph serves all layers of an LM. Compilation happens on the first step."""
+    # Dynamo counts the graphs of all LMs and batch sizes together, and gives up beyond.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False)
 
 
 def load_tokenizer(name: str, source: str, trust_remote_code: bool = False) -> Any:

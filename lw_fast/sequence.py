@@ -224,6 +224,11 @@ class Layout:
     compat: str
 
     @property
+    def prefix_len(self) -> int:
+        """Positions before the answer, as at decode time."""
+        return len(self.frame.head) + self.latent_len + len(self.frame.anchor)
+
+    @property
     def shift(self) -> int:
         """Of the teacher-forced targets, as in `pair_targets`."""
         return int(self.compat != "none")

@@ -193,7 +193,7 @@ def test_input_frame(model, tables):
     """[BOS][prefix][anchor and answer], in the LM's dtype."""
     lm, batch = model.lms["llama"], tables.answers["llama"].batch(ALL)
     prefix = torch.randn(NUM, 6, lm.d_model)
-    embeds = frame_prefix(lm, batch.head_H, prefix, batch.tail_BT)
+    embeds = frame_prefix(lm, prefix, batch).embeds
     weight = lm.model.get_input_embeddings().weight
     assert embeds.dtype == lm.dtype
     assert torch.equal(embeds[:, 0], weight[lm.tokenizer.bos_token_id].expand(NUM, -1))
@@ -242,7 +242,7 @@ def test_the_memory_saving_loss_has_the_gradient_of_plain_autograd(model, tables
     (loss * 3).backward()
 
     plain = prefix.clone().requires_grad_()
-    embeds = frame_prefix(lm, answers.head_H, plain, answers.tail_BT)
+    embeds = frame_prefix(lm, plain, answers).embeds
     logits = lm.model(inputs_embeds=embeds).logits.flatten(0, 1)[answers.position_N]
     nll = torch.nn.functional.cross_entropy(logits, answers.target_N, reduction="none")
     expected = 0.3 * nll.sum() + 0.2 * nll[answers.first_N].sum()

@@ -437,3 +437,12 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LW_FAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert frozen_lm.cache_dir() == tmp_path / "xdg" / "lw_fast"
+
+
+def test_states_are_those_of_transformers(lm_dirs):
+    """Embedding, middle layer and the last one, which transformers gives after the final norm."""
+    lm = load(lm_dirs["llama"])
+    output = lm.model.base_model(input_ids=IDS, output_hidden_states=True, use_cache=False)
+    for layer, state in enumerate(output.hidden_states):
+        expected = torch.nn.functional.layer_norm(state, state.shape[-1:])
+        torch.testing.assert_close(lm.states(IDS, [layer]), expected)

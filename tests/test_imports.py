@@ -36,7 +36,7 @@ LAYERS = (
     "batches alignment",
     "encoder engine frozen_lm",
     "latent_head adapter sequence source losses optim checkpoint meters nano progress quantised",
-    "blocks chat data guardrails scoring nano_facts",
+    "fp8 packed_attention packing blocks chat data guardrails scoring nano_facts",
     "config run_results",
     "errors",
 )

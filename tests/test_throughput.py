@@ -125,7 +125,7 @@ def test_peft_gets_the_same_targets_as_we_have(table):
     index = np.arange(6)
     ids_BL, mask_BL, labels_BL = rivals.hf_batch(table, index)
     ours = table.batch(index)
-    assert (labels_BL != rivals.IGNORED).sum() == table.num_targets(index) == ours.num_rows
+    assert (labels_BL != rivals.IGNORED).sum() == table.num_targets(index) == len(ours.target_N)
     # The loss of a Hugging Face model shifts: position t is asked for label t + 1.
     targets = labels_BL[:, 1:][labels_BL[:, 1:] != rivals.IGNORED]
     np.testing.assert_array_equal(targets, ours.target_N.numpy())

@@ -95,8 +95,8 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -180,11 +180,9 @@ def train_main(argv: Sequence[str]) -> None:
     overrides = {name: value for name, value in flags.items() if name in FIELDS}
     if flags["resume"] and flags["run_dir"] is None:
         raise UserError("--resume needs --run_dir")
-    if flags["resume"] and flags["init_from"] is not None:
-        raise UserError("--resume and --init_from contradict each other")
-    config = _train_config(flags, overrides, lms)
+    config = run_config(flags, overrides, lms)
     from lw_fast.engine import close_world, init_world, load_ds_config, watch_peers
-    from lw_fast.train import Interrupted, train
+    from lw_fast.train import train
 
     if not flags["timeout_seconds"] > 0:
         raise UserError(f"timeout_seconds must be greater than 0, got {flags['timeout_seconds']}")
@@ -210,15 +208,18 @@ def train_main(argv: Sequence[str]) -> None:
             )
         if world.is_main:
             print(f"run folder: {run_dir}")
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        raise KeyboardInterrupt from None
     finally:
         close_world()
 
 
-def _train_config(flags: dict[str, Any], overrides: dict[str, Any], lms: dict[str, str]) -> Config:
-    """Preset plus flags; a resumed run starts from its own settings instead of a preset."""
+def run_config(flags: dict[str, Any], overrides: dict[str, Any], lms: dict[str, str]) -> Config:
+    """Preset plus flags; a resumed run starts from its own settings instead of a preset.
+
+    Raises:
+        UserError: the settings are wrong, or --resume goes with --init_from.
+    """
+    if flags["resume"] and flags["init_from"] is not None:
+        raise UserError("--resume and --init_from contradict each other")
     if flags["resume"] and flags["preset"] is None:
         from lw_fast.run_folder import read_config
 

@@ -18,6 +18,8 @@ from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.prompts import KINDS, text_prompt
 
+METRICS_FILE = "metrics.json"
+
 CSV_HEADER = (
     "group", "model", "EM", "F1", "NLL/token", "wall_clock_sec", "compression", "payload_bytes",
     "samples", "M", "token_budget_mode", "token_budget_k", "dataset",
@@ -47,7 +49,7 @@ def write_evaluation(
             row = _prediction_row(i, example, span_text, predictions)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     # Last and whole: where it is, the evaluation is complete.
-    checkpoint.write_text(out_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    checkpoint.write_text(out_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
 
 
 def _csv_rows(

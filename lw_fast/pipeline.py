@@ -1,22 +1,25 @@
 """lw-fast pipeline: train and evaluate epoch by epoch in one process, under guardrails.
 
-Writes experiment.md into the run folder: settings, scores per epoch, decisions and their reasons.
+Writes experiment.md into the run folder: settings, scores per epoch, decisions and their reasons;
+and guardrails.json, the rules. Decisions follow from rules and scores alone, so that a resumed
+pipeline takes those of the finished epochs again from their metrics.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lw_fast.cli import Parser, add_settings, split_lm_flags
+from lw_fast import checkpoint
+from lw_fast.cli import Parser, add_settings, run_config, split_lm_flags
 from lw_fast.config import (
     DEFAULT_PRESET,
     FIELDS,
     Config,
-    build_config,
     from_dict,
     load_guardrails,
     preset_names,
@@ -24,9 +27,11 @@ from lw_fast.config import (
     to_flat,
 )
 from lw_fast.errors import UserError
+from lw_fast.eval_files import METRICS_FILE
 from lw_fast.guardrails import METRICS, Decision, Guard, Guardrails, read_guardrails
 
 LOG = "experiment.md"
+RULES = "guardrails.json"
 COLUMNS = ("em", "f1", "first_token_top1", "first_token_top5", "nll_token")
 
 
@@ -34,7 +39,7 @@ def pipeline_parser() -> Parser:
     """The flags of launch/pipeline.py."""
     parser = Parser(
         prog="pipeline",
-        usage="pipeline --run_dir DIR [--preset NAME] [--SETTING VALUE ...]",
+        usage="pipeline --run_dir DIR [--preset NAME | --resume] [--SETTING VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Train and evaluate epoch by epoch, apply the preset's guardrails, keep a log.\n\n"
@@ -46,8 +51,12 @@ def pipeline_parser() -> Parser:
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, metavar="DIR", help="run folder")
     add(
-        "--preset", default=DEFAULT_PRESET, metavar="NAME",
+        "--preset", default=None, metavar="NAME",
         help=f"{', '.join(preset_names())}, or a .toml file (default: {DEFAULT_PRESET})",
+    )  # fmt: skip
+    add(
+        "--resume", action="store_true",
+        help="continue the pipeline in --run_dir, with its rules and the decisions already taken",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace the run in --run_dir")
     add("--init_from", type=Path, metavar="DIR", help="start from the weights of another run")
@@ -61,15 +70,21 @@ def main(argv: Sequence[str]) -> None:
     argv, lms = split_lm_flags(argv)
     flags = vars(pipeline_parser().parse_args(argv))
     overrides = {name: value for name, value in flags.items() if name in FIELDS}
-    config = build_config(flags["preset"], {"eval_every": 1, **overrides}, lms)
-    guardrails = read_guardrails(load_guardrails(flags["preset"]))
+    if flags["resume"] and flags["preset"] is not None:
+        raise UserError("--resume goes on under the rules in --run_dir: leave --preset out")
+    config = run_config(flags, {"eval_every": 1, **overrides}, lms)
+    guardrails = (
+        saved_guardrails(flags["run_dir"])
+        if flags["resume"]
+        else read_guardrails(load_guardrails(flags["preset"] or DEFAULT_PRESET))
+    )
     from lw_fast.engine import close_world, init_world
 
     world = init_world(use_deepspeed=False, device=flags["device"])
     try:
         run_pipeline(
             config, world, flags["run_dir"], guardrails,
-            overwrite=flags["overwrite"], init_from=flags["init_from"],
+            resume=flags["resume"], overwrite=flags["overwrite"], init_from=flags["init_from"],
         )  # fmt: skip
         if world.is_main:
             print(f"experiment log: {flags['run_dir'] / LOG}")
@@ -83,6 +98,7 @@ def run_pipeline(
     run_dir: Path,
     guardrails: Guardrails,
     *,
+    resume: bool = False,
     overwrite: bool = False,
     init_from: Path | None = None,
 ) -> Guard:
@@ -105,20 +121,65 @@ def run_pipeline(
         ExperimentLog(config, guardrails),
     )
 
+    def on_start(run: Any) -> None:
+        if world.is_main:
+            table = json.dumps(dataclasses.asdict(guardrails), indent=2)
+            checkpoint.write_text(run_dir / RULES, table + "\n")
+        for metrics in finished_evaluations(run):
+            after_evaluation(run, metrics)
+        if run.finished:
+            raise UserError(f"nothing to resume: {run_dir} was ended after epoch {run.epoch}")
+
     def after_evaluation(run: Any, metrics: Mapping[str, Any]) -> None:
         decision = guard.decide(mean_scores(metrics), to_flat(run.config))
         log.add(metrics, decision)
         if world.is_main:
-            (run_dir / LOG).write_text(log.text(guard), encoding="utf-8")
+            checkpoint.write_text(run_dir / LOG, log.text(guard))
         if decision.change:
             change_settings(run, decision.change)
         run.finished = decision.stop
 
     train(
         config, world, run_dir,
-        overwrite=overwrite, init_from=init_from, after_evaluation=after_evaluation,
+        resume=resume, overwrite=overwrite, init_from=init_from,
+        on_start=on_start, after_evaluation=after_evaluation,
     )  # fmt: skip
     return guard
+
+
+def saved_guardrails(run_dir: Path) -> Guardrails:
+    """The rules of a pipeline's run folder.
+
+    Raises:
+        UserError: it has none, or they are damaged.
+    """
+    path = run_dir / RULES
+    try:
+        return read_guardrails(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise UserError(f"{run_dir} is not the run of a pipeline: it has no {RULES}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def finished_evaluations(run: Any) -> list[Mapping[str, Any]]:
+    """Metrics of the epochs that a resumed run has behind it; that of the newest may be missing,
+    and then the run begins with it. Collective.
+
+    Raises:
+        UserError: that of an earlier epoch is missing.
+    """
+    found: list[Mapping[str, Any]] = []
+    for epoch in range(1, run.epoch + 1) if run.world.is_main else ():
+        path = run.run_dir / f"eval_epoch{epoch}" / METRICS_FILE
+        if not path.exists():
+            break
+        found.append(json.loads(path.read_bytes()))
+    found = run.world.all_gather(found)[0]
+    at_end = run.global_step % run.order.steps_per_epoch == 0
+    if len(found) < run.epoch - at_end:
+        raise UserError(f"cannot resume {run.run_dir}: it lacks the evaluation of an epoch")
+    return found
 
 
 def mean_scores(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lw_fast.batches import Order, micro_slices
 from lw_fast.config import Config
 from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
+from lw_fast.eval_files import METRICS_FILE
 from lw_fast.evaluate import asked_for, evaluate, table_rows
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.meters import LMCost, Meter
@@ -45,7 +46,7 @@ class NonFiniteLoss(UserError):
     """The loss or its gradient became NaN or infinite; the weights are those before that step."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM was obeyed: the run is saved."""
 
 
@@ -58,9 +59,12 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     init_from: Path | None = None,
+    on_start: Callable[[Run], None] | None = None,
     after_evaluation: AfterEvaluation | None = None,
 ) -> dict[str, Any] | None:
     """Trains, saves and evaluates; returns the metrics of the last evaluation (rank 0).
+
+    `on_start` sees the run on every rank before its next step, where it stands after resuming.
 
     Raises:
         UserError: the settings, the data, a model or the run folder do not allow it.
@@ -79,6 +83,8 @@ def train(
             resume_run(run, start)
         elif start is not None:
             start_from(run, start)
+        if on_start is not None:
+            on_start(run)
         try:
             with run.saver, _stop_on_signals(run):
                 return _loop(run)
@@ -177,14 +183,13 @@ def _loop(run: Run) -> dict[str, Any] | None:
     config, metrics = run.config, None
     norm: Tensor | None = None
     with Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress:
-        if run.global_step >= run.total_steps:  # resumed where only the evaluation was missing
-            return _evaluate(run, progress)
+        if _lacks_evaluation(run):
+            metrics = _evaluate(run, progress)
         while run.global_step < run.total_steps and not run.finished:
             previous, norm = norm, train_step(run)
             _check_finite(run, previous)
             run.saver.check()
             run.global_step += 1
-            last = run.global_step == run.total_steps
             epoch_ends = run.global_step % run.order.steps_per_epoch == 0
             if run.is_logged(run.global_step):
                 _check_finite(run, norm)
@@ -197,7 +202,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
                 raise Interrupted(f"stopped after step {run.global_step}; --resume continues")
             if epoch_ends:
                 _check_finite(run, norm)
-                metrics = _end_of_epoch(run, progress, last) or metrics
+                metrics = _end_of_epoch(run, progress) or metrics
             elif config.run.save_every and run.global_step % config.run.save_every == 0:
                 _check_finite(run, norm)
                 with run.meter.paused():
@@ -251,21 +256,29 @@ def _interruptible():
         signal.signal(signal.SIGINT, handler)
 
 
-def _end_of_epoch(run: Run, progress: Progress, last: bool) -> dict[str, Any] | None:
+def _end_of_epoch(run: Run, progress: Progress) -> dict[str, Any] | None:
     with run.meter.paused():
         save(run, f"epoch{run.epoch}")
         run.rms.clear()
-        every = run.config.run.eval_every
-        if not (last or (every and run.epoch % every == 0)):
-            return None
-        metrics = _evaluate(run, progress)
-        if run.after_evaluation is not None:
-            run.after_evaluation(run, run.world.all_gather(metrics)[0])
-        return metrics
+        return _evaluate(run, progress) if _evaluation_is_due(run) else None
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    every = run.config.run.eval_every
+    return run.global_step >= run.total_steps or (every > 0 and run.epoch % every == 0)
+
+
+def _lacks_evaluation(run: Run) -> bool:
+    """Whether the run was resumed at the end of an epoch whose evaluation never came to its end."""
+    if not run.global_step or run.global_step % run.order.steps_per_epoch:
+        return False
+    there = run.world.all_gather((run.eval_dir / METRICS_FILE).exists())[0]
+    return _evaluation_is_due(run) and not there
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
-    """Rank 0 evaluates a plain copy of the bridge, so that any engine and ZeRO stage will do."""
+    """Rank 0 evaluates a plain copy of the bridge, so that any engine and ZeRO stage will do; then
+    `after_evaluation` sees the metrics."""
     state = run.engine.module_state()
     metrics = None
     if run.world.is_main:
@@ -284,4 +297,6 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
             answers = [row["answer"] for row in peek["first_generations"]]
             progress.note(f"{name} answers: {' | '.join(map(repr, answers))}")
     run.world.barrier(patient=True)
+    if run.after_evaluation is not None:
+        run.after_evaluation(run, run.world.all_gather(metrics)[0])
     return metrics

@@ -16,6 +16,7 @@ from lw_fast.config import Config, to_dict
 from lw_fast.data import Example
 from lw_fast.engine import Engine, World
 from lw_fast.errors import UserError
+from lw_fast.eval_files import METRICS_FILE
 from lw_fast.meters import Meter
 from lw_fast.model import LatentModel, join_state, split_state
 
@@ -152,6 +153,6 @@ def resume_run(run: Run, loaded: checkpoint.Checkpoint) -> None:
     if run.world.is_main:
         run_folder.drop_rows_after(run.run_dir, run.global_step)
     logger.info("resumed %s at step %d", loaded.path, run.global_step)
-    evaluated = (run.eval_dir / "metrics.json").exists()
+    evaluated = (run.eval_dir / METRICS_FILE).exists()
     if any(run.world.all_gather(run.global_step >= run.total_steps and evaluated)):
         raise UserError(f"nothing to resume: {loaded.path} is the end; raise --epochs to go on")

@@ -9,7 +9,7 @@ import tiny
 
 from lw_fast import cli
 from lw_fast.batches import AnswerTable
-from lw_fast.config import build_config, load_guardrails, preset_names
+from lw_fast.config import build_config, load_guardrails, preset_names, to_dict
 from lw_fast.engine import World
 from lw_fast.errors import UserError
 from lw_fast.guardrails import LIVE, METRICS, Guard, read_guardrails
@@ -135,6 +135,11 @@ def test_shipped_guardrails_are_valid(name):
 
 @pytest.fixture
 def settings(lm_dirs, qa_file):
+    return run_settings(lm_dirs, qa_file)
+
+
+def run_settings(lm_dirs, qa_file):
+    """Four epochs of four steps."""
     return dict(
         dataset=str(qa_file), eval_dataset=str(qa_file), samples=32, eval_samples=6, lm=lm_dirs,
         eval_every=1, epochs=4, kinds="latent", train_append_bos_after_prefix="yes",
@@ -173,6 +178,137 @@ def test_a_pipeline_changes_the_run_and_says_why(tmp_path, settings, monkeypatch
     metrics = json.loads((tmp_path / "run" / "eval_epoch2" / "metrics.json").read_text())
     shown = f"{metrics['latent']['qwen']['nll_token']:.3f}"
     assert any(line.startswith("| 2 | qwen | 6 |") and shown in line for line in text.splitlines())
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+def kill_at(monkeypatch, name: str, call: int):
+    """Dies in the given call (from 1) of a function that the training loop uses."""
+    from lw_fast import train as module
+
+    work, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, dying)
+    return calls
+
+
+def trail(run_dir):
+    """What a pipeline leaves behind, apart from times."""
+    timeless = ("time", "seconds_per_step")
+    log = [json.loads(line) for line in (run_dir / "log.jsonl").open()]
+    return {
+        "log": [
+            {k: v for k, v in row.items() if k not in timeless and not k.endswith("/s")}
+            for row in log
+        ],
+        "decisions": (run_dir / "experiment.md").read_text(),
+        "rules": json.loads((run_dir / "guardrails.json").read_text()),
+        "settings": [to_dict(read_config(path)) for path in sorted(run_dir.glob("epoch[0-9]"))],
+        "predictions": [p.read_bytes() for p in sorted(run_dir.glob("eval_*/predictions.jsonl"))],
+    }
+
+
+LEARNING = {
+    "rules": [BOS | {"below": 2.0, "patience": 1}, FIRST | {"below": 2.0, "patience": 1}],
+    "expectations": [{"name": "miracle", "at_least": 2.0}],
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, lm_dirs, qa_file):
+    config = tiny.config(**run_settings(lm_dirs, qa_file))
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_pipeline(config, ONE, run_dir, read_guardrails(LEARNING))
+    return trail(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("train_step", 11),  # in the third epoch, with a change on trial
+        ("train_step", 13),  # at its end: on trial, evaluated, decided
+        ("evaluate", 1),
+        ("evaluate", 3),  # of an epoch whose checkpoint is there
+        ("evaluate", 4),  # the last
+        ("train_step", 6),
+    ],
+)
+def test_a_killed_pipeline_goes_on_where_it_was(
+    tmp_path, settings, monkeypatch, uninterrupted, function, call
+):
+    """The same settings, scores, decisions and log as without the kill, and no epoch twice."""
+    config, rules, run_dir = tiny.config(**settings), read_guardrails(LEARNING), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, function, call)
+        run_pipeline(config, ONE, run_dir, rules)
+    before = len(list(run_dir.glob("eval_epoch*/metrics.json")))
+    with monkeypatch.context() as patch:
+        evaluations = kill_at(patch, "evaluate", 99)
+        steps = kill_at(patch, "train_step", 99)
+        flags = ["--run_dir", str(run_dir), "--resume", "--device", "cpu"]
+        assert cli.run(cli.COMMANDS["pipeline"], flags) == 0
+    assert trail(run_dir) == uninterrupted
+    assert before + len(evaluations) == 4
+    assert len(steps) == (16 - (call - 1) // 4 * 4 if function == "train_step" else 16 - 4 * call)
+
+
+def test_a_pipeline_that_is_over_has_nothing_to_resume(tmp_path, settings, capsys):
+    config, run_dir = tiny.config(**settings), tmp_path / "run"
+    run_pipeline(config, ONE, run_dir, read_guardrails({"stop_after": 2}))
+    flags = ["--run_dir", str(run_dir), "--resume", "--device", "cpu"]
+    assert cli.run(cli.COMMANDS["pipeline"], flags) == 2
+    assert "was ended after epoch 2" in capsys.readouterr().err
+    assert not (run_dir / "epoch3").exists()
+
+
+def test_a_stopped_pipeline_says_how_to_go_on(tmp_path, settings, monkeypatch, capsys):
+    """SIGTERM: saved, one line, the exit status of an interruption."""
+    from lw_fast import train as module
+
+    config, run_dir = tiny.config(**settings), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, "train_step", 6)
+        run_pipeline(config, ONE, run_dir, read_guardrails(LEARNING))
+    step = module.train_step
+
+    def stopped_step(run):
+        run.stop_requested = True
+        return step(run)
+
+    monkeypatch.setattr(module, "train_step", stopped_step)
+    flags = ["--run_dir", str(run_dir), "--resume", "--device", "cpu"]
+    assert cli.run(cli.COMMANDS["pipeline"], flags) == cli.EXIT_INTERRUPTED
+    assert "stopped after step 5; --resume continues" in capsys.readouterr().err
+    assert (run_dir / "step5").is_dir()
+
+
+def test_resuming_needs_the_rules_and_every_score(tmp_path, settings, monkeypatch, capsys):
+    config, run_dir = tiny.config(**settings), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, "train_step", 10)
+        run_pipeline(config, ONE, run_dir, read_guardrails(LEARNING))
+    flags = ["--run_dir", str(run_dir), "--resume", "--device", "cpu"]
+
+    def complaint(*more: str) -> str:
+        assert cli.run(cli.COMMANDS["pipeline"], [*flags, *more]) == 2
+        return capsys.readouterr().err
+
+    assert "leave --preset out" in complaint("--preset", "nano")
+    assert "--resume and --init_from contradict" in complaint("--init_from", str(run_dir))
+    (run_dir / "eval_epoch1" / "metrics.json").unlink()
+    assert "lacks the evaluation of an epoch" in complaint()
+    (run_dir / "guardrails.json").write_text("{")
+    assert "guardrails.json is damaged" in complaint()
+    (run_dir / "guardrails.json").unlink()
+    assert "is not the run of a pipeline" in complaint()
 
 
 def test_without_rules_a_pipeline_is_a_training_run(tmp_path, settings):

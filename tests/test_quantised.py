@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 
+from benchmarks import quantised as quantised_benchmark
+from benchmarks.rows import read_rows
 from lw_fast import cli, frozen_lm, quantised
 from lw_fast.config import BackboneConfig
 from lw_fast.engine import World, close_world, init_world, load_ds_config
@@ -186,6 +188,55 @@ def test_all_kinds_are_evaluated(trained, tmp_path, flags):
     exact = json.loads((trained / "eval_epoch1" / "metrics.json").read_text())
     nll, its_nll = (m["latent"]["qwen"]["nll_token"] for m in (metrics, exact))
     assert nll != its_nll and nll == pytest.approx(its_nll, rel=0.2)
+
+
+# ------------------------------------------------------------------------------- the benchmark
+
+
+def measured(out: Path, *argv: str) -> dict[tuple[str, str], float]:
+    """(case, metric) -> value of the rows that one call writes; none may name a folder."""
+    flags = ["--pair", "tiny", "--device", "cpu", "--out", str(out)]
+    assert cli.run(quantised_benchmark.main, [*argv, *flags]) == 0
+    rows = read_rows(out)
+    assert not any("/" in str(row["config"]).replace("benchmarks/quantised.py", "") for row in rows)
+    return {(row["case"], row["metric"]): row["value"] for row in rows}
+
+
+def test_benchmark_of_memory_and_latency(dirs, qa_file, tmp_path):
+    lms = [f"--lm.{name}={source}" for name, source in dirs.items()]
+    data = ["--eval_dataset", str(qa_file), "--eval_samples", "3", "--max_new_tokens", "2"]
+    what = ["memory", "--dtypes", "int8,nf4", "--seconds", "0", "--kinds", "text,latent"]
+    rows = measured(tmp_path / "rows.csv", *what, *lms, *data)
+    assert {metric for _, metric in rows} == {"seconds"}  # no GPU: no memory, rather than zeros
+    assert all(value > 0 for value in rows.values())
+    # Per dtype two phases; per LM and batch size two prefills and the token.
+    assert len(rows) == 2 * (2 + 2 * 2 * 3)
+    assert (
+        "pair=tiny lm=qwen kind=latent dtype=nf4 phase=token batch=64 positions=16",
+        "seconds",
+    ) in rows
+
+
+def test_benchmark_of_accuracy(trained, tmp_path):
+    what = ["accuracy", "--ckpt", str(trained), "--dtypes", "bf16,nf4"]
+    rows = measured(tmp_path / "rows.csv", *what)
+    for lm in ("llama", "qwen"):
+        for kind in ("text", "latent"):
+            exact, small = (
+                f"pair=tiny lm={lm} kind={kind} dtype={dtype}" for dtype in ("bf16", "nf4")
+            )
+            assert (exact, "f1_change") not in rows
+            for metric in quantised_benchmark.SCORES:
+                change = rows[small, f"{metric}_change"]
+                assert change == pytest.approx(rows[small, metric] - rows[exact, metric], abs=1e-5)
+                lo, hi = (rows[small, f"{metric}_change_{end}"] for end in ("lo", "hi"))
+                assert lo <= change <= hi
+
+
+def test_benchmark_refuses_an_unknown_dtype(capsys):
+    argv = ["memory", "--pair", "tiny", "--dtypes", "nf5"]
+    assert cli.run(quantised_benchmark.main, argv) == 2
+    assert "--dtypes: nf5 not among" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- refusals

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lw_fast.config import (
     DEFAULT_PRESET,
@@ -27,6 +27,9 @@ from lw_fast.config import (
     to_dict,
 )
 from lw_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from lw_fast.shared import Shared
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -173,8 +176,8 @@ def train_parser() -> Parser:
     return parser
 
 
-def train_main(argv: Sequence[str]) -> None:
-    """launch/train.py: train and evaluate."""
+def train_main(argv: Sequence[str], shared: Shared | None = None) -> None:
+    """launch/train.py: train and evaluate; `shared` as for train()."""
     argv, lms = split_lm_flags(argv)
     flags = vars(train_parser().parse_args(argv))
     overrides = {name: value for name, value in flags.items() if name in FIELDS}
@@ -205,6 +208,7 @@ def train_main(argv: Sequence[str]) -> None:
                 resume=flags["resume"],
                 overwrite=flags["overwrite"],
                 init_from=flags["init_from"],
+                shared=shared,
             )
         if world.is_main:
             print(f"run folder: {run_dir}")

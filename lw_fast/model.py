@@ -54,11 +54,12 @@ class LatentModel:
             self.reader.prepare(table)
         return table
 
-    def tables(self, examples: Sequence[Example]) -> Tables:
-        """Everything a training step needs of `examples`, tokenised once."""
+    def tables(self, examples: Sequence[Example], sources: SourceTable | None = None) -> Tables:
+        """Everything a training step needs of `examples`, tokenised once; `sources` if they are
+        there already."""
         answers = self.answer_tables(examples)
         return Tables(
-            sources=self.source_table(examples, self.sources(examples)),
+            sources=sources or self.source_table(examples, self.sources(examples)),
             answers=answers,
             examples=examples,
             teachers=self.teachers(examples, answers),

@@ -1,18 +1,17 @@
-"""Runs the points of a sweep: one process per device, each resumable, failures tried once more."""
+"""Runs the points of a sweep: one worker per device, each run resumable, failures tried again."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lw_fast.run_results import RunResults, mean_over_lms
 from lw_fast.sweep_folder import Sweep
+from lw_fast.sweep_worker import COMMAND, Worker
 
 TRIES = 2
 POLL_SECONDS = 0.2
@@ -22,8 +21,6 @@ CHECK_SECONDS = 2.0
 WAITING, RUNNING, FINISHED, FAILED, STOPPED, INTERRUPTED = (
     "waiting", "running", "finished", "failed", "stopped", "interrupted"
 )  # fmt: skip
-
-TRAIN = (sys.executable, "-c", "from lw_fast.cli import main; main()", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,6 @@ class Job:
     tries: int = 0
     error: str = ""
     device: str = ""
-    process: subprocess.Popen | None = field(default=None, repr=False)
 
     @property
     def over(self) -> bool:
@@ -79,11 +75,13 @@ class Queue:
         *,
         rule: StopRule | None = None,
         on_change: Callable[[Sequence[Job]], None] = lambda _jobs: None,
-        command: Sequence[str] = TRAIN,
+        command: Sequence[str] = COMMAND,
     ) -> None:
-        """`devices`: `cpu`, or the number of a GPU as CUDA_VISIBLE_DEVICES takes it."""
+        """`devices` as Worker takes them; `command` starts a worker."""
         self.sweep, self.jobs, self.devices = sweep, jobs, devices
         self.rule, self.on_change, self.command = rule or StopRule(), on_change, command
+        self.workers: dict[str, Worker] = {}
+        """By device: those that train, and those that have LMs in memory for the next point."""
 
     def run(self) -> None:
         """Works until nothing is left.
@@ -94,6 +92,7 @@ class Queue:
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self._work()
+            self._close_all()
         except BaseException:
             self._stop_all()
             raise
@@ -133,21 +132,18 @@ class Queue:
         elif run_dir.exists():
             flags.append("--overwrite")  # a start that came to no checkpoint
         job.state, job.device, job.error, job.tries = RUNNING, device, "", job.tries + 1
-        with self.sweep.log(job.name).open("ab") as log:
-            # Its own session: Ctrl-C reaches it through us, once.
-            job.process = subprocess.Popen(
-                [*self.command, *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=child_env(device),
-                start_new_session=True,
-            )
+        log = self.sweep.log(job.name)
+        worker = self.workers.get(device)
+        if worker is None or not worker.alive:
+            worker = self.workers[device] = Worker(device, log, self.command)
+        worker.start(log, flags)
 
     def _poll(self, job: Job) -> bool:
-        code = job.process.poll() if job.process else None
+        code = self.workers[job.device].poll()
         if code is None:
             return False
+        if code:
+            self.workers.pop(job.device).close()
         results = self.sweep.results(job.name)
         if code == 0 and results is not None and results.finished:
             job.state, job.error = FINISHED, ""
@@ -174,34 +170,25 @@ class Queue:
                 continue
             others = [run for name, run in known.items() if name != job.name]
             job.error = self.rule.hopeless(known[job.name], others)
-            if job.error and job.process:
-                job.process.send_signal(signal.SIGINT)
+            if job.error:
+                self.workers[job.device].interrupt()
 
     def _stop_all(self) -> None:
         """Asks all running points to save and stop; a second Ctrl-C kills them."""
         for job in self._running():
-            if job.process and job.process.poll() is None:
-                job.process.send_signal(signal.SIGINT)
+            self.workers[job.device].interrupt()
         try:
-            for job in self._running():
-                if job.process:
-                    job.process.wait()
+            self._close_all()
         except KeyboardInterrupt:
-            for job in self._running():
-                if job.process and job.process.poll() is None:
-                    job.process.kill()
-                    job.process.wait()
+            self._close_all(kill=True)
         for job in self._running():
             job.state = INTERRUPTED
         self.on_change(self.jobs)
 
-
-def child_env(device: str) -> dict[str, str]:
-    """The environment of a run: this process's modules, one GPU or none, no launcher's ranks."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    env["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
-    return env
+    def _close_all(self, *, kill: bool = False) -> None:
+        for worker in self.workers.values():
+            worker.close(kill=kill)
+        self.workers.clear()
 
 
 def visible_devices(choice: str) -> list[str]:

@@ -25,16 +25,24 @@ import torch
 from torch import Tensor
 
 from lw_fast import checkpoint, quantised, run_folder
-from lw_fast.batches import Order, micro_slices
+from lw_fast.batches import Order, Tables, micro_slices
 from lw_fast.config import Config
+from lw_fast.data import Example
 from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.eval_files import METRICS_FILE
 from lw_fast.evaluate import asked_for, evaluate, table_rows
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.meters import LMCost, Meter
-from lw_fast.model import build_bridge, build_model, evaluation_examples, training_examples
+from lw_fast.meters import LMCost, Meter, reset_peak_memory
+from lw_fast.model import (
+    LatentModel,
+    build_bridge,
+    build_model,
+    evaluation_examples,
+    training_examples,
+)
 from lw_fast.progress import Progress
+from lw_fast.shared import Shared
 from lw_fast.train_log import log_row
 from lw_fast.train_step import train_step
 from lw_fast.training_run import AfterEvaluation, Run, resume_run, save, start_from
@@ -61,10 +69,14 @@ def train(
     init_from: Path | None = None,
     on_start: Callable[[Run], None] | None = None,
     after_evaluation: AfterEvaluation | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any] | None:
     """Trains, saves and evaluates; returns the metrics of the last evaluation (rank 0).
 
-    `on_start` sees the run on every rank before its next step, where it stands after resuming.
+    Args:
+        on_start: Sees the run on every rank before its next step, where it stands after resuming.
+        after_evaluation: See AfterEvaluation.
+        shared: LMs and sources that earlier runs of this process have left.
 
     Raises:
         UserError: the settings, the data, a model or the run folder do not allow it.
@@ -77,7 +89,8 @@ def train(
     with _run_folder(run_dir, config, world, resume=resume, overwrite=overwrite):
         if resume:
             start = checkpoint.load(checkpoint.latest(run_dir))
-        run = setup_run(config, world, run_dir, ds_config)
+        kept = (shared.lms(config, world.device), shared.tables) if shared else ()
+        run = setup_run(config, world, run_dir, ds_config, *kept)
         run.after_evaluation = after_evaluation
         if resume:
             resume_run(run, start)
@@ -123,8 +136,10 @@ def setup_run(
     run_dir: Path,
     ds_config: dict[str, Any] | None,
     lms: Mapping[str, FrozenLM] | None = None,
+    tables_of: Callable[[LatentModel, list[Example]], Tables] = LatentModel.tables,
 ) -> Run:
     """Data, LMs (`lms`: those in memory already, see build_model), bridge and engine of a run."""
+    reset_peak_memory(world.device)  # another run of this process may have been larger
     batch_size, micro = config.optim.batch_size, config.micro_batch
     if batch_size % world.size:
         raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
@@ -139,7 +154,7 @@ def setup_run(
     if len(examples) < batch_size:
         raise UserError(f"batch_size {batch_size} exceeds the {len(examples)} training examples")
     model = build_model(config, world.device, lms)
-    tables = model.tables(examples)
+    tables = tables_of(model, examples)
     accumulation = len(micro_slices(batch_size, 0, world.size, micro))
     engine = build_engine(model.bridge, config, world, ds_config, accumulation)
     if world.is_main:

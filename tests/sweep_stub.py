@@ -1,4 +1,4 @@
-"""Stands in for `train` in tests of the queue: writes what a run writes, as told by --lr.
+"""A sweep worker for tests of the queue: writes what a run writes, as told by --lr.
 
 lr=1 finishes, lr=2 always fails, lr=3 fails the first time, lr=4 trains until it is stopped.
 """
@@ -6,10 +6,11 @@ lr=1 finishes, lr=2 always fails, lr=3 fails the first time, lr=4 trains until i
 import json
 import os
 import signal
-import sys
 import time
 import tomllib
 from pathlib import Path
+
+from lw_fast.sweep_worker import serve
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +21,8 @@ def main(argv: list[str]) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.json").write_text(json.dumps(config))
     kind = int(config["lr"])
-    print("flags", *argv[6:], "gpus", repr(os.environ["CUDA_VISIBLE_DEVICES"]), flush=True)
+    facts = {"flags": argv[6:], "pid": os.getpid(), "gpus": os.environ["CUDA_VISIBLE_DEVICES"]}
+    print(*(f"{name} {value!r}" for name, value in facts.items()), flush=True)
     if kind == 2 or (kind == 3 and first):
         print("error: told to fail", flush=True)
         return 2
@@ -35,6 +37,7 @@ def main(argv: list[str]) -> int:
         deadline = time.monotonic() + 30
         while not stopped and time.monotonic() < deadline:
             time.sleep(0.05)
+        print("told to stop" if stopped else "forgotten", flush=True)
         return 130
     metrics = {"latent": {name: {"f1": 0.5, "em": 0.25} for name in config["lm"]}}
     folder = run_dir / f"eval_epoch{config['epochs']}"
@@ -44,4 +47,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    serve(lambda: main)

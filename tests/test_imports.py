@@ -19,7 +19,9 @@ STDLIB = sys.stdlib_module_names
 # nothing further up. A new module needs its line here; a folder of modules counts as one.
 LAYERS = (
     "ablate demo pipeline sweep report plan",
-    "cli sweep_queue",
+    "sweep_queue",
+    "sweep_worker",
+    "cli",
     "sweep_folder",
     "sweep_points",
     "api",
@@ -28,7 +30,7 @@ LAYERS = (
     "train_log",
     "training_run",
     "evaluate",
-    "diagnostics eval_files",
+    "diagnostics eval_files shared",
     "model run_folder",
     "teacher",
     "prompts reader",

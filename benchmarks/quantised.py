@@ -189,9 +189,7 @@ def continue_(lm: FrozenLM, embeds_BSD: Tensor) -> tuple[float, float]:
 
     cache, marks = DynamicCache(config=lm.model.config), [_now(lm.device)]
     for _ in range(1 + NEW_TOKENS):
-        output = lm.model.base_model(
-            inputs_embeds=embeds_BSD, past_key_values=cache, use_cache=True
-        )
+        output = lm.backbone(inputs_embeds=embeds_BSD, past_key_values=cache, use_cache=True)
         token_B = lm.logits(output.last_hidden_state[:, -1]).argmax(-1)
         embeds_BSD = lm.embed(token_B[:, None])
         if len(marks) == 1:

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-KINDS = ("text", "latent", "span_text", "token_budget", "no_context", "shuffled")
+KINDS = ("text", "text_tuned", "latent", "span_text", "token_budget", "no_context", "shuffled")
 COLOURS = dict(zip(KINDS, plt.get_cmap("tab10").colors, strict=False))
 
 

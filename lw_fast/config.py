@@ -226,7 +226,14 @@ class EvalConfig:
 
     kinds: str = setting(
         "text,latent,token_budget,no_context,shuffled",
-        "prompt kinds to evaluate: text, latent, token_budget, span_text, no_context, shuffled",
+        "prompt kinds to evaluate: text, text_tuned (behind a soft prompt that is tuned first, and "
+        "kept), latent, token_budget, span_text, no_context, shuffled",
+    )
+    text_tuned_steps: int = setting(
+        0, "optimiser steps of text_tuned's soft prompt; 0: as many as the latent run has"
+    )
+    text_tuned_lr: float = setting(
+        0.03, "peak learning rate of that prompt, in units of the LM's embedding RMS"
     )
     protocol: str = setting(
         "clean",
@@ -340,7 +347,7 @@ RESUMABLE_CHANGES = frozenset(
 _POSITIVE = (
     "latent_len d_z max_bytes max_source_tokens encoder_dim encoder_layers encoder_heads "
     "copy_bytes adapter_dim epochs batch_size max_answer_tokens max_new_tokens chunk_size "
-    "log_every kl_temperature kl_top_k"
+    "log_every kl_temperature kl_top_k text_tuned_lr"
 ).split()
 _NOT_NEGATIVE = (
     "samples eval_samples max_answer_chars channel_spans span_weight gold_span_until "
@@ -348,7 +355,7 @@ _NOT_NEGATIVE = (
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
     "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last "
     "smoke_samples supervise_first_k kl_weight first_token_temperature debug_print_first "
-    "debug_topk"
+    "debug_topk text_tuned_steps"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
 _NOT_LM_NAMES = ("loss", "span", "align", "counts", "encoder")

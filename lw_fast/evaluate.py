@@ -9,6 +9,7 @@ gold answer; EOS is not among them, because an untuned LM behind a text prompt g
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from lw_fast.scoring import (
     unique_count,
 )
 from lw_fast.sequence import Frame, tokenize_answers
+from lw_fast.text_tuned import TunedPrompt, tuned_prompts
 
 PROTOCOLS = ("clean", "seed")
 
@@ -81,6 +83,9 @@ def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> 
     started = time.perf_counter()
     latents = encode(model, examples)
     encode_seconds = time.perf_counter() - started
+    tuned = tuned_prompts(model) if "text_tuned" in kinds else {}
+    soft = {name: prompt.prompt_MD for name, prompt in tuned.items()}
+    latents = dataclasses.replace(latents, soft=soft)
     results: dict[str, dict[str, dict[str, Result]]] = {
         protocol: {
             kind: {
@@ -92,6 +97,8 @@ def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> 
         for protocol in protocols
     }
     metrics = _metrics(model, examples, latents, results, encode_seconds)
+    if tuned:
+        metrics["tuning"] = {name: _tuning(prompt) for name, prompt in tuned.items()}
     predictions = {
         protocol: {
             kind: {name: result.predictions for name, result in per_lm.items()}
@@ -276,6 +283,14 @@ def _kind_metrics(result: Result, examples: Sequence[Example]) -> dict[str, floa
         "most_frequent_share": most_frequent(result.predictions).share,
         "prompt_tokens": result.prompt_tokens,
         "wall_clock_sec": result.seconds,
+    }
+
+
+def _tuning(prompt: TunedPrompt) -> dict[str, float]:
+    return {
+        "steps": prompt.steps,
+        "tuning_sec": prompt.seconds,
+        "train_nll_token": prompt.nll_token,
     }
 
 

@@ -1,6 +1,7 @@
 """The prompt kinds that are compared: what each puts between BOS and the anchor.
 
 text          the whole text prompt
+text_tuned    the same behind a soft prompt that was tuned as long as the latent (text_tuned.py)
 latent        the calibrated prefix of the example
 token_budget  the text prompt, cut to its first k tokens (k = latent_len by default)
 span_text     the span that the encoder predicts, as text, with the question
@@ -10,8 +11,8 @@ shuffled      the prefix of another example
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from lw_fast.data import Example
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.sequence import Frame, chat_frame, latent_frame, text_frame
 
-KINDS = ("text", "latent", "token_budget", "span_text", "no_context", "shuffled")
+KINDS = ("text", "text_tuned", "latent", "token_budget", "span_text", "no_context", "shuffled")
 LATENT_KINDS = ("latent", "shuffled")
 
 
@@ -44,11 +45,13 @@ def decode_frame(kind: str, tokenizer, config: Config) -> Frame:
 
 @dataclass(frozen=True)
 class Latents:
-    """What the encoder made of the evaluation questions."""
+    """What was learned for the evaluation questions."""
 
     z_NMZ: Tensor
     span_text: Sequence[str] | None
     """The predicted span of every question, as text; None without a span head."""
+    soft: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per LM, the tuned soft prompt [M, D] of text_tuned, where that kind was asked for."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def make_prompts(
         return _latent_prompts(kind, lm, frame, latents, bridge, gain)
     texts = {
         "text": lambda: [text_prompt(e.context, e.question) for e in examples],
+        "text_tuned": lambda: [text_prompt(e.context, e.question) for e in examples],
         "token_budget": lambda: [text_prompt(e.context, e.question) for e in examples],
         "span_text": lambda: [
             text_prompt(span, e.question)
@@ -86,7 +90,8 @@ def make_prompts(
         "no_context": lambda: [f"Question: {e.question}\n" for e in examples],
     }[kind]()
     budget = token_budget_k if kind == "token_budget" else None
-    return text_prompts(lm, frame, texts, budget, token_budget_mode)
+    soft_MD = latents.soft[lm.name] if kind == "text_tuned" else None
+    return text_prompts(lm, frame, texts, budget, token_budget_mode, soft_MD)
 
 
 def text_prompts(
@@ -95,15 +100,24 @@ def text_prompts(
     texts: Sequence[str],
     budget: int | None = None,
     budget_mode: str = "content_only",
+    soft_MD: Tensor | None = None,
 ) -> Prompts:
-    """Texts in a frame, each cut to `budget` tokens if there is one."""
+    """Texts in a frame, each cut to `budget` tokens if there is one, behind a soft prompt (after
+    BOS) if there is one."""
     ids = _text_ids(lm.tokenizer, texts, frame.chat, budget, budget_mode)
     framed = [[*frame.head, *tokens, *frame.anchor] for tokens in ids]
+
+    def embed(tokens: Sequence[int]) -> Tensor:
+        embeds_SD = lm.embed(torch.tensor(tokens, dtype=torch.int64, device=lm.device))
+        if soft_MD is None:
+            return embeds_SD
+        bos = int(tokens[0] == lm.tokenizer.bos_token_id)
+        return torch.cat([embeds_SD[:bos], soft_MD.to(embeds_SD.dtype), embeds_SD[bos:]])
+
+    num_soft = 0 if soft_MD is None else len(soft_MD)
     return Prompts(
-        lengths=[len(tokens) for tokens in framed],
-        embeds=lambda index: [
-            lm.embed(torch.tensor(framed[i], dtype=torch.int64, device=lm.device)) for i in index
-        ],
+        lengths=[num_soft + len(tokens) for tokens in framed],
+        embeds=lambda index: [embed(framed[i]) for i in index],
     )
 
 

@@ -20,6 +20,14 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What is converted or tuned in a test session is forgotten with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LW_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def lm_dirs(tmp_path_factory) -> dict[str, str]:
     """A random Llama (BOS, pad == eos) and a random Qwen2 (no BOS), saved as model folders."""

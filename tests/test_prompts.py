@@ -20,7 +20,8 @@ def model():
 @pytest.fixture(scope="module")
 def latents():
     z = torch.randn(NUM, 6, 16, generator=torch.Generator().manual_seed(0))
-    return Latents(z, [f"span {i}" for i in range(NUM)])
+    soft = {"llama": torch.ones(6, 32), "qwen": torch.ones(6, 24)}
+    return Latents(z, [f"span {i}" for i in range(NUM)], soft)
 
 
 def prompts(model, name: str, kind: str, latents, **options):

@@ -26,7 +26,7 @@ _FOODS = "rice,fresh bread,fish,green tea,soup".split(",")
 SETTINGS: dict[str, Any] = dict(
     latent_len=6, d_z=16, encoder_dim=16, encoder_heads=2, encoder_layers=1, encoder_dropout=0.1,
     adapter_dim=16, batch_size=8, max_new_tokens=3, chunk_size=8, warmup_steps=2, epochs=2,
-    log_every=1, reader="qwen", reader_layers="0,2", kinds="text,latent",
+    log_every=1, text_tuned_steps=2, reader="qwen", reader_layers="0,2", kinds="text,latent",
 )  # fmt: skip
 
 

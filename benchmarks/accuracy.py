@@ -56,7 +56,7 @@ def cost_rows(log: list[dict], words: dict[str, str], config: dict) -> Iterator[
     """Median rates over the logged steps, peak memory, and training time."""
     case = case_words(**words)
     for rate in RATES:
-        values = sorted(row[rate] for row in log[1:])
+        values = sorted(row[rate] for row in log[1:] or log)
         low, high = values[len(values) // 5], values[-1 - len(values) // 5]
         yield measured(
             "accuracy", case, rate, statistics.median(values), "1/s",

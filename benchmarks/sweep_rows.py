@@ -3,12 +3,11 @@
     python benchmarks/sweep_rows.py runs/mxd --pair small --set squad_dev --command "..."
 
 Writes benchmarks/results/sweep_PAIR.csv. The axes of the sweep are words of each case, as in
-`lm=qwen kind=latent latent_len=8 d_z=64`. Points that have not finished are left out, and named.
+`lm=qwen kind=latent latent_len=8 d_z=64`. Points that have not finished are left out, and counted.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,38 +26,30 @@ from lw_fast.run_results import RunResults, lookup
 from lw_fast.sweep_folder import Sweep, read_sweep
 
 
-def sweep_rows(sweep: Sweep, words: dict[str, str], command: str) -> Iterator[dict]:
+def sweep_rows(
+    sweep: Sweep, words: dict[str, str], command: str, commit: str | None = None
+) -> Iterator[dict]:
     """The rows of all finished points."""
     for name, point in sweep.points.items():
         found = sweep.results(name)
         if found is None or not found.finished:
             continue
-        values = {axis: _name(str(value)) for axis, value in point.values.items()}
-        yield from point_rows(found, words | values, {"command": command, "point": name})
+        axes = {axis: str(value).rsplit("/", 1)[-1] for axis, value in point.values.items()}
+        yield from point_rows(found, words | axes, {"command": command, "point": name}, commit)
 
 
-def point_rows(found: RunResults, words: dict[str, str], about: dict) -> Iterator[dict]:
+def point_rows(
+    found: RunResults, words: dict[str, str], about: dict, commit: str | None
+) -> Iterator[dict]:
     """What the run of one point reached, where it ran."""
     words = words | {"encoder": found.config["encoder_type"], "batch": found.config["batch_size"]}
-    about = about | {"settings": _without_paths(found.config)}
     rows = [*score_rows(found.metrics, words, about), *cost_rows(found.rows, words, about)]
     for form in ("fp16", "text_utf8"):
         value = lookup(found.metrics, "payload_bytes", form)
         case = rows[-1]["case"]
         rows.append(measured("accuracy", case, f"payload_bytes_{form}", value, "B", config=about))
-    where = environment_of(found.path, found.metrics["device"], None)
+    where = environment_of(found.path, found.metrics["device"], commit)
     yield from (row | where | {"benchmark": "sweep"} for row in rows)
-
-
-def _without_paths(settings: dict) -> dict:
-    """Settings with file names in place of paths."""
-    lms = {name: _name(source) for name, source in settings["lm"].items()}
-    files = {key: _name(settings[key]) for key in ("dataset", "eval_dataset", "reader")}
-    return {**settings, **files, "lm": lms}
-
-
-def _name(source: str) -> str:
-    return ",".join(part.rsplit("/", 1)[-1] for part in source.split(","))
 
 
 def main(argv: list[str]) -> None:
@@ -68,11 +59,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pair", required=True, help="name of the pair of LMs: nano, small, 8b")
     parser.add_argument("--set", dest="dataset", required=True, help="name of the evaluation set")
     parser.add_argument("--command", required=True, help="the command that made the sweep")
+    parser.add_argument("--commit", help="commit that trained it, where the runs could not know")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     args = parser.parse_args(argv)
     sweep = read_sweep(args.sweep)
     words = {"pair": args.pair, "set": args.dataset, "protocol": "clean"}
-    rows = list(sweep_rows(sweep, words, args.command))
+    rows = list(sweep_rows(sweep, words, args.command, args.commit))
     if not rows:
         raise UserError(f"{args.sweep}: no point has finished")
     missing = len(sweep.points) - len({row["config"]["point"] for row in rows})

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sweep_rows
+from benchmarks.rows import read_rows
 from lw_fast import cli, sweep_queue
 from lw_fast.config import build_config, from_dict, to_dict
 from lw_fast.errors import UserError
@@ -352,6 +354,26 @@ def test_two_real_runs(tmp_path, lm_dirs, qa_file, capsys):
     ]
     out = capsys.readouterr().out
     assert "2 points, 1 of them done" in out and "finished latent_len=4,d_z=16" in out
+    check_rows(tmp_path)
+
+
+def check_rows(folder: Path) -> None:
+    """As rows: both points with their axes, and how many have not finished."""
+    sweep, made = folder / "s", folder / "rows.csv"
+    (sweep / "runs" / "latent_len=4,d_z=16" / "eval_epoch1").rename(folder / "away")
+    argv = [str(sweep), "--pair", "tiny", "--set", "qa", "--command", "c", "--out", str(made)]
+    assert cli.run(sweep_rows.main, argv) == 0
+    assert {row["config"]["point"] for row in read_rows(made)} == {"latent_len=4,d_z=8"}
+    (folder / "away").rename(sweep / "runs" / "latent_len=4,d_z=16" / "eval_epoch1")
+    assert cli.run(sweep_rows.main, argv) == 0
+    rows = {(row["case"], row["metric"]): row for row in read_rows(made)}
+    case = "pair=tiny lm=qwen kind=latent set=qa protocol=clean latent_len=4 d_z=16"
+    score = rows[f"{case} encoder=lm batch=8", "f1"]
+    metrics = json.loads(
+        (sweep / "runs" / "latent_len=4,d_z=16" / "eval_epoch1" / "metrics.json").read_text()
+    )
+    assert score["value"] == pytest.approx(metrics["latent"]["qwen"]["f1"], rel=1e-5)
+    assert score["n"] == 2 and score["config"] == {"command": "c", "point": "latent_len=4,d_z=16"}
 
 
 @pytest.mark.parametrize(

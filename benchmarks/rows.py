@@ -13,7 +13,10 @@ import functools
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -89,6 +92,22 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU {platform.machine()} x{torch.get_num_threads()}"
+
+
+def without_folders(value: Any) -> Any:
+    """Text without the folders of this machine: absolute and dotted paths become file names.
+    Mappings are gone through; other values stay as they are."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(?<![^\s,='\"])\.{0,2}/(?:[^\s,/]+/)*(?=[^\s,/])", "", value)
+
+
+def command_line() -> str:
+    """How this benchmark was called."""
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    return without_folders(shlex.join(["python", script, *sys.argv[1:]]))
 
 
 def write_rows(

@@ -6,9 +6,9 @@
 Three factors: the targets (compat=original with its first-token term and its BOS, or right ones),
 the encoder (the original's byte_seed against byte or lm with copy slots) and the learning rate (the
 original's constant 5e-5, or the preset's). All else, steps and seed included, is the same in every
-cell; the frozen LMs are loaded once. Beside FirstTok@1 stands what one token always would score: the
-commonest first token of the training answers. Prints a table, as measured, whatever it says, and
-writes benchmarks/results/collapse_PAIR.csv.
+cell; the frozen LMs are loaded once. Beside FirstTok@1 stands what one token always would score:
+the commonest first token of the training answers. Prints a table, as measured, whatever it says,
+and writes benchmarks/results/collapse_PAIR.csv.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from lw_fast.config import FIELDS, Config, build_config, from_dict, load_preset,
 from lw_fast.data import eval_spec
 from lw_fast.engine import World, init_world
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.model import build_model, evaluation_examples, training_examples
+from lw_fast.model import evaluation_examples, training_examples
 from lw_fast.sequence import make_frame, tokenize_answers
+from lw_fast.shared import Shared
 from lw_fast.train import train
 
 _ORIGINAL, _ = load_preset("seed_stage_a")
@@ -109,16 +110,16 @@ class Cell:
 
 
 def measure(
-    base: Config, world: World, lms: Mapping[str, FrozenLM], factors: Sequence[Mapping]
+    base: Config, world: World, shared: Shared, factors: Mapping[str, Mapping[str, dict]]
 ) -> Iterator[Cell]:
     """Trains every combination of the factors' values, one after the other."""
-    for values in itertools.product(*(factor.items() for factor in factors)):
-        words = dict(zip(("targets", "encoder", "lr"), (word for word, _ in values), strict=True))
+    for values in itertools.product(*(factor.items() for factor in factors.values())):
+        words = dict(zip(factors, (word for word, _ in values), strict=True))
         changes = {name: value for _, change in values for name, value in change.items()}
         config = from_dict({**to_dict(base), **changes})
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            metrics = train(config, world, Path(folder), lms=lms)
+            metrics = train(config, world, Path(folder), shared=shared)
             log = (Path(folder) / "log.jsonl").read_text().splitlines()
         steps = json.loads(log[-1])["step"]
         yield Cell(words, config, metrics["latent"], steps, time.perf_counter() - started)
@@ -149,7 +150,7 @@ def table(cells: Sequence[Cell], prior: Mapping[str, Prior]) -> str:
     """FirstTok@1, F1 and the share of the most frequent answer, LMs side by side."""
     heads = [f"{lm} FirstTok@1 | F1 | one answer" for lm in prior]
     lines = [
-        f"| targets | encoder | lr | {' | '.join(heads)} |",
+        f"| encoder | targets | lr | {' | '.join(heads)} |",
         "|---" * (3 + 3 * len(prior)) + "|",
         "| one token always | | | "
         + " | ".join(f"{p.share:.3f} `{p.token!r}` | | " for p in prior.values())
@@ -193,18 +194,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"kinds": "latent", "protocol": "clean", "debug_print_first": 0, "eval_samples": 200}
     settings |= {name: value for name, value in flags.items() if name in FIELDS}
     base = build_config(flags["preset"], settings, sources)
-    factors = [
-        _chosen(TARGETS, flags["targets"]),
-        _chosen(ENCODERS, flags["encoders"]),
-        _chosen(RATES, flags["rates"]),
-    ]
+    factors = {  # encoders outermost: what is read of the sources serves all of an encoder's cells
+        "encoder": _chosen(ENCODERS, flags["encoders"]),
+        "targets": _chosen(TARGETS, flags["targets"]),
+        "lr": _chosen(RATES, flags["rates"]),
+    }
     pair = flags["pair"] or flags["preset"]
     world = init_world(use_deepspeed=False, device=flags["device"])
-    model = build_model(base, world.device)
-    lms = dict(model.lms) | ({"reader": model.reader.lm} if model.reader else {})
-    prior, cells, rows = priors(base, model.lms), [], []
+    shared = Shared()
+    lms = shared.lms(base, world.device)
+    prior, cells, rows = priors(base, {name: lms[name] for name in base.lm}), [], []
     out = flags["out"] or Path(f"benchmarks/results/collapse_{pair}.csv")
-    for cell in measure(base, world, lms, factors):
+    for cell in measure(base, world, shared, factors):
         cells.append(cell)
         rows += cell_rows(cell, prior, pair)
         write_rows(out, rows)  # a run that is stopped keeps what it measured

@@ -101,7 +101,7 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(inner) for key, inner in value.items()}
     if not isinstance(value, str):
         return value
-    return re.sub(r"(?<![^\s,='\"])\.{0,2}/(?:[^\s,/]+/)*(?=[^\s,/])", "", value)
+    return re.sub(r"(?<![^\s,=@'\"])\.{0,2}/(?:[^\s,/]+/)*(?=[^\s,/])", "", value)
 
 
 def command_line() -> str:

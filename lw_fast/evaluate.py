@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lw_fast.batches import to_device
+from lw_fast.chat import chat_ids
 from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
@@ -129,6 +130,19 @@ def asked_for(config: Config) -> tuple[list[str], list[str]]:
             f"protocol must name some of {', '.join(PROTOCOLS)}: {config.eval.protocol!r}"
         )
     return kinds, protocols
+
+
+def check_prompts(model: LatentModel) -> None:
+    """Frames a prompt of every kind that was asked for, before hours of training.
+
+    Raises:
+        UserError: a chat template is needed, and an LM has none that will do.
+    """
+    for kind in asked_for(model.config)[0]:
+        for lm in model.lms.values():
+            frame = decode_frame(kind, lm.tokenizer, model.config)
+            if frame.chat and kind not in LATENT_KINDS:
+                chat_ids(lm.tokenizer, ["x"])
 
 
 @torch.no_grad()

@@ -448,7 +448,8 @@ def _attention(config: BackboneConfig, device: torch.device) -> str:
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """EOS of tokenizer and generation config, and the usual end-of-turn tokens."""
+    """EOS of tokenizer and generation config, and the usual end-of-turn tokens, as far as the LM
+    can say them (a tokenizer may know more tokens than its LM)."""
     ids = {tokenizer.eos_token_id}
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
@@ -456,7 +457,7 @@ def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     vocab = tokenizer.get_vocab()
     ends = ("<|eot_id|>", "<|im_end|>", "</s>", "<|endoftext|>", "<|end_of_text|>")
     ids.update(vocab[token] for token in ends if token in vocab)
-    return frozenset(ids)
+    return frozenset(token for token in ids if token < model.config.vocab_size)
 
 
 def cache_dir() -> Path:

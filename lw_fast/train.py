@@ -31,7 +31,7 @@ from lw_fast.data import Example
 from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.eval_files import METRICS_FILE
-from lw_fast.evaluate import asked_for, evaluate, table_rows
+from lw_fast.evaluate import asked_for, check_prompts, evaluate, table_rows
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.meters import LMCost, Meter, reset_peak_memory
 from lw_fast.model import (
@@ -154,6 +154,7 @@ def setup_run(
     if len(examples) < batch_size:
         raise UserError(f"batch_size {batch_size} exceeds the {len(examples)} training examples")
     model = build_model(config, world.device, lms)
+    check_prompts(model)
     tables = tables_of(model, examples)
     accumulation = len(micro_slices(batch_size, 0, world.size, micro))
     engine = build_engine(model.bridge, config, world, ds_config, accumulation)

@@ -164,7 +164,7 @@ def test_layer_parameters_are_the_matrices_of_the_layers(name):
 
 
 def test_stop_ids():
-    """EOS of tokenizer and generation config, and the usual ends of a turn."""
+    """EOS of tokenizer and generation config, and the usual ends of a turn that the LM can say."""
     lm = tiny.frozen_lm("qwen")
     lm.model.generation_config.eos_token_id = [7, 8]
     lm.tokenizer = type(lm.tokenizer)(
@@ -174,6 +174,9 @@ def test_stop_ids():
     assert frozen_lm._stop_ids(lm.model, lm.tokenizer) == ends
     lm.tokenizer.add_tokens("<|im_end|>", special_tokens=True)
     extra = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert extra == lm.vocab_size  # one too many for the LM
+    assert frozen_lm._stop_ids(lm.model, lm.tokenizer) == ends
+    lm.model.config.vocab_size += 1
     assert frozen_lm._stop_ids(lm.model, lm.tokenizer) == ends | {extra}
     lm.model.generation_config.eos_token_id = 9
     assert 9 in frozen_lm._stop_ids(lm.model, lm.tokenizer)

@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = flags["out"] or Path(f"benchmarks/results/stages_{pair}.csv")
     world = init_world(use_deepspeed=False, device=flags["device"])
     shared = Shared()
-    if not all(lm.tokenizer.chat_template for lm in shared.lms(ours, world.device).values()):
+    lms = shared.lms(ours, world.device)
+    if not all(lms[name].tokenizer.chat_template for name in ours.lm):
         given.setdefault("text_format", "plain")
         print("text prompts are plain: an LM has no chat template")
     rows, lines = [], ["| recipe | stage | LM | prompt | F1 | EM | FirstTok@1 | NLL/token |"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import shlex
 import statistics
@@ -78,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
         row["config"] = {"command": command, **row["config"]}
     out = flags["out"] or Path(f"benchmarks/results/quantised_{what}.csv")
     write_rows(out, found)
-    for row in found:
-        print(f"{row['case']:58} {row['metric']:24} {row['value']:10.4g} {row['unit']}")
+    for case, rows in itertools.groupby(found, key=lambda row: row["case"]):
+        print(case, *(f"{row['metric']} {row['value']:.4g}" for row in rows), sep="  ")
     print(f"{len(found)} rows in {out}")
 
 

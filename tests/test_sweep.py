@@ -333,41 +333,44 @@ def sweep_cli(*argv: str) -> int:
     return cli.run(cli.COMMANDS["sweep"], list(argv))
 
 
-def test_two_real_runs(tmp_path, lm_dirs, qa_file, capsys):
-    """Trained in their own processes; a third is added later, and the others stay as they are."""
+def test_a_real_sweep_over_m_and_d_z(tmp_path, capsys):
+    """2 x 2 on the nano pair: the first point alone, three more later, then rows and a page."""
     flags = ["--sweep_dir", str(tmp_path / "s"), "--device", "cpu"]
-    flags += [f"--lm.{name}={path}" for name, path in lm_dirs.items()]
     settings = dict(
-        dataset=qa_file, eval_dataset=qa_file, samples=8, eval_samples=2, batch_size=8, epochs=1,
-        kinds="latent", encoder_dim=16, encoder_heads=2, adapter_dim=16, reader_layers="0,2",
-        max_new_tokens=2,
+        samples=16, eval_samples=2, batch_size=8, epochs=1, log_every=1, kinds="latent",
+        encoder_dim=16, encoder_heads=2, encoder_layers=1, adapter_dim=16, max_new_tokens=2,
     )  # fmt: skip
     flags += [f"--{name}={value}" for name, value in settings.items()]
     assert sweep_cli(*flags, "--grid", "latent_len=4", "d_z=8") == 0
     first = (tmp_path / "s" / "runs" / "latent_len=4,d_z=8" / "log.jsonl").stat()
-    assert sweep_cli(*flags, "--grid", "latent_len=4", "d_z=8,16") == 0
+    assert sweep_cli(*flags, "--grid", "latent_len=4,6", "d_z=8,16") == 0
     assert (tmp_path / "s" / "runs" / "latent_len=4,d_z=8" / "log.jsonl").stat() == first
     rows = list(csv.DictReader((tmp_path / "s" / "sweep.csv").open()))
-    assert [(row["d_z"], row["state"], row["payload_bytes_fp16"]) for row in rows] == [
-        ("8", "finished", "64.0"),
-        ("16", "finished", "128.0"),
-    ]
+    found = {(row["latent_len"], row["d_z"]): row for row in rows}
+    assert len(found) == 4 and {row["state"] for row in rows} == {"finished"}
+    assert found["4", "8"]["payload_bytes_fp16"] == "64.0"
+    assert found["6", "16"]["payload_bytes_fp16"] == "192.0"
     out = capsys.readouterr().out
-    assert "2 points, 1 of them done" in out and "finished latent_len=4,d_z=16" in out
+    assert "4 points, 1 of them done" in out and "finished latent_len=6,d_z=16" in out
     check_rows(tmp_path)
+    argv = [str(tmp_path / "s"), "--out", str(tmp_path / "page.html")]
+    assert cli.run(cli.COMMANDS["report"], argv) == 0
+    heat_maps = list((tmp_path / "page_plots").glob("*-s--latent-f1--*.png"))
+    assert len(heat_maps) == 3  # the mean, and each LM
 
 
 def check_rows(folder: Path) -> None:
-    """As rows: both points with their axes, and how many have not finished."""
+    """As rows: the finished points, with their axes."""
     sweep, made = folder / "s", folder / "rows.csv"
     (sweep / "runs" / "latent_len=4,d_z=16" / "eval_epoch1").rename(folder / "away")
-    argv = [str(sweep), "--pair", "tiny", "--set", "qa", "--command", "c", "--out", str(made)]
+    argv = [str(sweep), "--pair", "nano", "--set", "dev", "--command", "c", "--out", str(made)]
     assert cli.run(sweep_rows.main, argv) == 0
-    assert {row["config"]["point"] for row in read_rows(made)} == {"latent_len=4,d_z=8"}
+    points = {row["config"]["point"] for row in read_rows(made)}
+    assert len(points) == 3 and "latent_len=4,d_z=16" not in points
     (folder / "away").rename(sweep / "runs" / "latent_len=4,d_z=16" / "eval_epoch1")
     assert cli.run(sweep_rows.main, argv) == 0
     rows = {(row["case"], row["metric"]): row for row in read_rows(made)}
-    case = "pair=tiny lm=qwen kind=latent set=qa protocol=clean latent_len=4 d_z=16"
+    case = "pair=nano lm=qwen kind=latent set=dev protocol=clean latent_len=4 d_z=16"
     score = rows[f"{case} encoder=lm batch=8", "f1"]
     metrics = json.loads(
         (sweep / "runs" / "latent_len=4,d_z=16" / "eval_epoch1" / "metrics.json").read_text()

@@ -94,6 +94,10 @@ class AnswerTable:
         """Rows of the answer term that `index` will have."""
         return self.layout.num_targets(self.length_N[index], self.complete_N[index])
 
+    def num_positions(self, index: np.ndarray) -> int:
+        """Real (not padded) positions of `index` in the LM's input, for the FLOP count."""
+        return self.layout.num_positions(self.length_N[index])
+
     def batch(self, index: np.ndarray) -> AnswerBatch:
         """The answers of `index`: padded to the longest among them, or packed."""
         length_B, packing = self.length_N[index], None

@@ -6,7 +6,7 @@ before `lm_head`, and the first-token term reads the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,8 @@ class StepCounts:
     spans: int
     rows: Mapping[str, int]
     """Supervised rows per LM."""
+    ranks_per_share: int = 1
+    """Devices that work on the same examples, each through its own LMs."""
 
 
 def frame_prefix(
@@ -231,10 +233,11 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's share of the step's loss, and sums to log (detached, on the device).
 
-    The shares of all micro-batches on all devices add up to the loss of the step.
+    The shares of all micro-batches on all devices add up to the loss of the step. `lms` are those
+    that this device holds; what belongs to no LM is divided among the devices of a share.
     """
-    num_lms, share = len(lms), len(source.ids_BU) / counts.examples
-    total, sums = output.encoded.z_BMZ.new_zeros((), dtype=torch.float32), {}
+    num_lms, once = len(counts.rows), 1 / counts.ranks_per_share
+    total, sums = _lms_elsewhere(output, counts.rows.keys() - lms.keys())
     for name, lm in lms.items():
         row_weight = 1 / (num_lms * max(counts.rows[name], 1))
         lm_loss, sums[name] = frozen_lm_loss(
@@ -255,15 +258,29 @@ def step_loss(
             penalty = rms_penalty(output.raw_rms[name], bridge.embed_rms[name])
             total = total + loss.adapter_rms_l2 * penalty / counts.examples
     if loss.scale_l2:
+        share = once * len(source.ids_BU) / counts.examples
         total = total + loss.scale_l2 * share * scale_penalty(list(output.scale.values()))
     if output.encoded.span_logits_BU2 is not None:
         span_B2 = torch.where(source.span_loss_B[:, None], source.span_B2, -1)
         logits_BU2 = output.encoded.span_logits_BU2[:, : source.context_BU.shape[1]]
-        span_sum = span_loss_sum(logits_BU2, span_B2, source.context_BU)
+        span_sum = once * span_loss_sum(logits_BU2, span_B2, source.context_BU)
         total = total + span_weight / max(counts.spans, 1) * span_sum
         sums["span"] = span_sum.detach()
     sums["loss"] = total.detach()
     return total, sums
+
+
+def _lms_elsewhere(
+    output: BridgeOutput, names: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss of 0 and empty statistics of the LMs that other devices hold.
+
+    Their adapters take part, so that every device has a gradient for the same parameters:
+    DeepSpeed's ranks would otherwise wait for each other with different ones.
+    """
+    zero = output.encoded.z_BMZ.new_zeros((), dtype=torch.float32)
+    total = sum((0.0 * output.raw[name].float().sum() for name in names), zero)
+    return total, {name: zero.new_zeros(len(STATS)) for name in names}
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -221,6 +221,15 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Where the frozen LMs lie when several processes train."""
+
+    lm_parallel: bool = setting(
+        False, "one LM per process, several processes on the same questions; else data parallel"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How answers are generated and scored."""
 
@@ -308,6 +317,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -341,7 +351,11 @@ FIELDS: dict[str, tuple[str, dataclasses.Field]] = {
 # A resumed run may change these: they do not alter what a training step computes.
 RESUMABLE_CHANGES = frozenset(
     {"epochs", "eval_dataset", "eval_samples", "eval_seed"}
-    | {f.name for kind in (EvalConfig, RunConfig) for f in dataclasses.fields(kind)}
+    | {
+        f.name
+        for kind in (EvalConfig, PlacementConfig, RunConfig)
+        for f in dataclasses.fields(kind)
+    }
 )
 
 _POSITIVE = (

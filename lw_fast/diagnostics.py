@@ -24,7 +24,7 @@ def diagnose(model: LatentModel, latents: Latents) -> dict[str, Any]:
     """Spread of Z and, per LM, the loudness of its prefix before and after calibration."""
     z_NMZ = latents.z_NMZ[:COSINE_EXAMPLES]
     per_lm = {}
-    for name, lm in model.lms.items():
+    for name, lm in model.lms_here.items():
         adapter = model.bridge.adapters[name]
         prefix_BMD = model.bridge.prefix(name, z_NMZ, model.config.adapter.prefix_gain)
         with model.bridge.precision(z_NMZ.device):
@@ -64,7 +64,7 @@ def peeks(
             ],
             "first_step": first_steps(model, lm, examples[:num], latents, k) if k else [],
         }
-        for name, lm in model.lms.items()
+        for name, lm in model.lms_here.items()
     }
 
 

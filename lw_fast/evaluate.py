@@ -10,9 +10,11 @@ gold answer; EOS is not among them, because an untuned LM behind a text prompt g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
 from lw_fast.diagnostics import diagnose, peeks
+from lw_fast.engine import World
 from lw_fast.errors import UserError
 from lw_fast.eval_files import write_evaluation
 from lw_fast.forcing import forced_rows
@@ -75,8 +78,19 @@ class Result:
     prompt_tokens: float
 
 
-def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> dict[str, Any]:
-    """Evaluates a model, writes the files of eval_files.py, returns the metrics."""
+def evaluate(
+    model: LatentModel,
+    examples: Sequence[Example],
+    out_dir: Path,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Evaluates a model, writes the files of eval_files.py, returns the metrics.
+
+    Args:
+        world: Given, all its ranks evaluate together, each the LMs that it holds, and rank 0 alone
+            writes. Collective.
+    """
+    gather = partial(_gather, world)
     kinds, protocols = asked_for(model.config)
     if len(examples) == 1:
         kinds = [kind for kind in kinds if kind != "shuffled"]  # there is no other latent
@@ -87,19 +101,21 @@ def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> 
     tuned = tuned_prompts(model) if "text_tuned" in kinds else {}
     soft = {name: prompt.prompt_MD for name, prompt in tuned.items()}
     latents = dataclasses.replace(latents, soft=soft)
-    results: dict[str, dict[str, dict[str, Result]]] = {
-        protocol: {
-            kind: {
-                name: run_kind(kind, protocol, lm, model, examples, latents)
-                for name, lm in model.lms.items()
+    results: dict[str, dict[str, dict[str, Result]]] = gather(
+        {
+            protocol: {
+                kind: {
+                    name: run_kind(kind, protocol, lm, model, examples, latents)
+                    for name, lm in model.lms_here.items()
+                }
+                for kind in kinds
             }
-            for kind in kinds
+            for protocol in protocols
         }
-        for protocol in protocols
-    }
-    metrics = _metrics(model, examples, latents, results, encode_seconds)
+    )
+    metrics = _metrics(model, examples, latents, results, encode_seconds, gather)
     if tuned:
-        metrics["tuning"] = {name: _tuning(prompt) for name, prompt in tuned.items()}
+        metrics["tuning"] = gather({name: _tuning(prompt) for name, prompt in tuned.items()})
     predictions = {
         protocol: {
             kind: {name: result.predictions for name, result in per_lm.items()}
@@ -107,8 +123,28 @@ def evaluate(model: LatentModel, examples: Sequence[Example], out_dir: Path) -> 
         }
         for protocol, by_kind in results.items()
     }
-    write_evaluation(out_dir, model.config, metrics, examples, latents.span_text, predictions)
+    if world is None or world.is_main:
+        write_evaluation(out_dir, model.config, metrics, examples, latents.span_text, predictions)
     return metrics
+
+
+Gather = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""What this rank found out -> what all ranks did."""
+
+
+def _gather(world: World | None, part: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables by LM name, at any depth, of all ranks in one; a rank may wait for hours."""
+    parts = [part] if world is None else world.all_gather(part, patient=True)
+    return functools.reduce(_merge, parts, {})
+
+
+def _merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The union of two tables and of the tables in them; of two other values, the first."""
+    both = {
+        key: _merge(one[key], other[key]) if isinstance(one[key], dict) else one[key]
+        for key in one.keys() & other.keys()
+    }
+    return {key: both.get(key, table[key]) for table in (one, other) for key in table}
 
 
 def asked_for(config: Config) -> tuple[list[str], list[str]]:
@@ -314,6 +350,7 @@ def _metrics(
     latents: Latents,
     results: Mapping[str, Mapping[str, Mapping[str, Result]]],
     encode_seconds: float,
+    gather: Gather,
 ) -> dict[str, Any]:
     config = model.config
     text_tokens = {
@@ -346,7 +383,7 @@ def _metrics(
             "compression": payload["text_utf8"] / payload["fp16"],
         },
         "encode_sec": encode_seconds,
-        "diagnostics": diagnose(model, latents),
+        "diagnostics": gather(diagnose(model, latents)),
     }
     if latents.span_text is not None:
         span = score(latents.span_text, golds_of(examples)).means()
@@ -357,10 +394,10 @@ def _metrics(
             table[kind] = {name: _kind_metrics(r, examples) for name, r in per_lm.items()}
         latent = kinds.get("latent", {})
         if len(latent) > 1:
-            table["joint"], table["oracle"] = _joint(model, examples, latents, latent)
+            table["joint"], table["oracle"] = _joint(model, examples, latents, latent, gather)
         if latent and config.eval.debug_print_first:
             answers = {name: result.predictions for name, result in latent.items()}
-            table["debug"] = peeks(model, examples, latents, answers)
+            table["debug"] = gather(peeks(model, examples, latents, answers))
     return metrics
 
 
@@ -374,20 +411,25 @@ def _joint(
     examples: Sequence[Example],
     latents: Latents,
     results: Mapping[str, Result],
+    gather: Gather,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The LMs' latent answers together: the pick with the highest summed log-likelihood under all
     LMs and how often they agree; and the oracle, the best of them for each question."""
     candidates = [result.predictions for result in results.values()]
-    nll = np.zeros((len(candidates), len(examples)))
-    for lm in model.lms.values():
+    per_lm: dict[str, np.ndarray] = {}
+    for name, lm in model.lms_here.items():
         frame = decode_frame("latent", lm.tokenizer, model.config)
         prompts = make_prompts(
             "latent", lm, frame, examples, latents, model.bridge,
             gain=model.config.adapter.prefix_gain, token_budget_k=0,
         )  # fmt: skip
-        for row, answers in zip(nll, candidates, strict=True):
-            row += score_answers(lm, frame, prompts, answers, model, count_eos=True).nll
-    pick = nll.argmin(0)
+        per_lm[name] = np.stack(
+            [
+                score_answers(lm, frame, prompts, answers, model, count_eos=True).nll
+                for answers in candidates
+            ]
+        )
+    pick = sum(gather(per_lm).values()).argmin(0)
     picked = [candidates[choice][i] for i, choice in enumerate(pick)]
     golds = golds_of(examples)
     scores = [score(answers, golds)._asdict() for answers in candidates]

@@ -107,6 +107,11 @@ class FrozenLM:
         """Where the LM lies."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process holds the weights (see `outline`)."""
+        return self.device.type != "meta"
+
     @functools.cached_property
     def embed_rms(self) -> float:
         """RMS over ALL rows of the input embedding, computed once."""
@@ -369,6 +374,27 @@ def _compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
+def outline(name: str, source: str, config: BackboneConfig, device: torch.device) -> FrozenLM:
+    """An LM whose weights another process holds: its tokenizer, and its shape on the meta device.
+
+    `embed_rms` is not known here; who has the weights must tell.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, _, rest = source.partition(":")
+    trust = config.trust_remote_code
+    if kind == "random":
+        shape, tokenizer = _random_shape(rest)
+    else:
+        tokenizer = load_tokenizer(name, source, trust)
+        shape = AutoConfig.from_pretrained(_resolve(name, source), trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            shape, dtype=compute_dtype(config.backbone_dtype, device), trust_remote_code=trust
+        )
+    return FrozenLM(name, model, tokenizer, source)
+
+
 def load_tokenizer(name: str, source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone of an LM source."""
     from transformers import AutoTokenizer
@@ -422,7 +448,18 @@ def _resolve(name: str, source: str) -> str:
 
 
 def _random(spec: str, options: dict, device: torch.device) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    config, tokenizer = _random_shape(spec)
+    if "quantization_config" in options:
+        return quantised.random_lm(config, options, device), tokenizer
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, **options), tokenizer
+
+
+def _random_shape(spec: str) -> tuple[Any, Any]:
+    """NAME[@TOKENIZER] -> transformers' configuration and the tokenizer."""
+    from transformers import AutoConfig
 
     shape_name, _, tokenizer_source = spec.partition("@")
     if shape_name not in RANDOM_SHAPES:
@@ -430,13 +467,8 @@ def _random(spec: str, options: dict, device: torch.device) -> tuple[nn.Module, 
     shape = dict(RANDOM_SHAPES[shape_name])
     family = shape.pop("model_type")
     config = AutoConfig.for_model(family, **shape)
-    if "quantization_config" in options:
-        model = quantised.random_lm(config, options, device)
-    else:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, **options)
     default = "nano:llama" if family == "llama" else "nano:qwen"
-    return model, load_tokenizer(shape_name, tokenizer_source or default)
+    return config, load_tokenizer(shape_name, tokenizer_source or default)
 
 
 def _attention(config: BackboneConfig, device: torch.device) -> str:

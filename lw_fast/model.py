@@ -20,8 +20,10 @@ from lw_fast.batches import AnswerTable, SourceTable, Tables
 from lw_fast.bridge import LatentBridge
 from lw_fast.config import Config, LossConfig, from_dict, to_dict
 from lw_fast.data import Example, channel_examples, eval_spec, load_examples
+from lw_fast.engine import World
 from lw_fast.errors import UserError
-from lw_fast.frozen_lm import FrozenLM, compute_dtype, load_frozen_lm
+from lw_fast.frozen_lm import FrozenLM, compute_dtype, load_frozen_lm, outline
+from lw_fast.placement import Placement
 from lw_fast.reader import Reader
 from lw_fast.source import Sources, byte_sources, token_sources
 from lw_fast.teacher import Teacher
@@ -35,9 +37,15 @@ class LatentModel:
 
     config: Config
     lms: Mapping[str, FrozenLM]
+    """All of them; of those that another process holds, tokenizer and shape only."""
     reader: Reader | None
     bridge: LatentBridge
     device: torch.device
+
+    @property
+    def lms_here(self) -> dict[str, FrozenLM]:
+        """The LMs whose weights this process holds."""
+        return {name: lm for name, lm in self.lms.items() if lm.is_here}
 
     def sources(self, examples: Sequence[Example]) -> Sources:
         """Examples as the units that this model's encoder reads."""
@@ -77,7 +85,7 @@ class LatentModel:
         if self.config.loss.kl_weight:
             return {
                 name: Teacher(lm, examples, answers[name], self.config)
-                for name, lm in self.lms.items()
+                for name, lm in self.lms_here.items()
             }
         start = LossConfig()
         for knob in ("kl_temperature", "kl_top_k", "teacher_cache"):
@@ -92,7 +100,10 @@ class LatentModel:
 
 
 def build_model(
-    config: Config, device: torch.device, lms: Mapping[str, FrozenLM] | None = None
+    config: Config,
+    device: torch.device,
+    lms: Mapping[str, FrozenLM] | None = None,
+    placement: Placement | None = None,
 ) -> LatentModel:
     """Loads every LM and builds a freshly initialised bridge (seeded by `seed`).
 
@@ -100,19 +111,32 @@ def build_model(
         lms: LMs that are in memory already, by name (`reader` for one that only reads), for
             several runs over the same weights: they must come from the sources and the
             `backbone_dtype` of `config`; how they run follows `config`. The others are loaded.
+        placement: Which LMs this process holds; without it: all. Collective with it.
     """
     if not config.lm:
         raise UserError("no frozen LM is named: give --lm.NAME SOURCE or a preset that has some")
     if taken := [name for name in config.lm if hasattr(torch.nn.ModuleDict, name)]:
         raise UserError(f"lm.{taken[0]}: PyTorch uses this name itself; choose another one")
     known = {name: lm.rerun(config.backbone) for name, lm in (lms or {}).items()}
+    here = config.lm if placement is None else placement.lms
     lms = {
-        name: known.get(name) or load_frozen_lm(name, source, config.backbone, device)
+        name: known.get(name)
+        or (load_frozen_lm if name in here else outline)(name, source, config.backbone, device)
         for name, source in config.lm.items()
     }
+    if placement is not None:
+        _exchange_loudness(lms, placement.world)
     reader = _reader(config, {**known, **lms}, device)
     bridge = build_bridge(config, lms, reader, device)
     return LatentModel(config, lms, reader, bridge, device)
+
+
+def _exchange_loudness(lms: Mapping[str, FrozenLM], world: World) -> None:
+    """Tells every process the embed_rms of the LMs that it does not hold."""
+    mine = {name: lm.embed_rms for name, lm in lms.items() if lm.is_here}
+    for told in world.all_gather(mine):
+        for name in told.keys() - mine.keys():
+            lms[name].embed_rms = told[name]
 
 
 def build_bridge(
@@ -207,7 +231,9 @@ def _reader(config: Config, lms: Mapping[str, FrozenLM], device: torch.device) -
     if not encoder.reader:
         raise UserError("encoder_type=lm needs --reader: the name of an LM, or a source")
     lm = lms.get(encoder.reader) or lms.get("reader")
-    lm = lm or load_frozen_lm("reader", encoder.reader, config.backbone, device)
+    if lm is None or not lm.is_here:
+        source = config.lm.get(encoder.reader, encoder.reader)
+        lm = load_frozen_lm("reader", source, config.backbone, device)
     return Reader(lm, encoder.reader_layers, encoder.reader_cache)
 
 

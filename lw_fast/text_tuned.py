@@ -69,7 +69,7 @@ class TunedPrompt:
 def tuned_prompts(model: LatentModel) -> dict[str, TunedPrompt]:
     """The soft prompt of every LM: from the cache, else tuned now and kept there."""
     examples = [e for e in training_examples(model.config)[0] if e.question]
-    return {name: _tuned_prompt(lm, examples, model.config) for name, lm in model.lms.items()}
+    return {name: _tuned_prompt(lm, examples, model.config) for name, lm in model.lms_here.items()}
 
 
 def _tuned_prompt(lm: FrozenLM, examples: Sequence[Example], config: Config) -> TunedPrompt:

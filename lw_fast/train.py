@@ -41,6 +41,7 @@ from lw_fast.model import (
     evaluation_examples,
     training_examples,
 )
+from lw_fast.placement import place
 from lw_fast.progress import Progress
 from lw_fast.shared import Shared
 from lw_fast.train_log import log_row
@@ -141,8 +142,7 @@ def setup_run(
     """Data, LMs (`lms`: those in memory already, see build_model), bridge and engine of a run."""
     reset_peak_memory(world.device)  # another run of this process may have been larger
     batch_size, micro = config.optim.batch_size, config.micro_batch
-    if batch_size % world.size:
-        raise UserError(f"batch_size {batch_size} cannot be divided among {world.size} devices")
+    placement = place(config, world)
     asked_for(config)  # not only after hours of training
     _check_backbone(config, ds_config)
     if config.adapter.calibration == "train_stats":
@@ -153,10 +153,10 @@ def setup_run(
     eval_examples = evaluation_examples(config)
     if len(examples) < batch_size:
         raise UserError(f"batch_size {batch_size} exceeds the {len(examples)} training examples")
-    model = build_model(config, world.device, lms)
+    model = build_model(config, world.device, lms, placement)
     check_prompts(model)
     tables = tables_of(model, examples)
-    accumulation = len(micro_slices(batch_size, 0, world.size, micro))
+    accumulation = len(micro_slices(batch_size, 0, placement.shares, micro))
     engine = build_engine(model.bridge, config, world, ds_config, accumulation)
     if world.is_main:
         trainable = sum(t.numel() for t in engine.module_state().values())
@@ -177,6 +177,7 @@ def setup_run(
         config=config,
         run_dir=run_dir,
         world=world,
+        placement=placement,
         model=model,
         tables=tables,
         eval_examples=eval_examples,
@@ -293,19 +294,23 @@ def _lacks_evaluation(run: Run) -> bool:
 
 
 def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
-    """Rank 0 evaluates a plain copy of the bridge, so that any engine and ZeRO stage will do; then
-    `after_evaluation` sees the metrics."""
+    """Rank 0 evaluates a plain copy of the bridge, so that any engine and ZeRO stage will do; with
+    the other ranks, where it does not hold all the LMs. Then `after_evaluation` sees the metrics.
+    """
+    model, metrics = run.model, None
+    together = run.placement.ranks_per_share > 1
     state = run.engine.module_state()
-    metrics = None
-    if run.world.is_main:
-        model = run.model
+    if run.world.is_main or together:
         bridge = build_bridge(run.config, model.lms, model.reader, model.device)
         bridge.load_state_dict(state)
         last = run.global_step >= run.total_steps
         questions = run.eval_examples[: None if last else run.config.run.smoke_samples or None]
-        progress.note(f"evaluating {len(questions)} questions")
+        if run.world.is_main:
+            progress.note(f"evaluating {len(questions)} questions")
+        evaluated = dataclasses.replace(model, bridge=bridge)
         with _interruptible():
-            metrics = evaluate(dataclasses.replace(model, bridge=bridge), questions, run.eval_dir)
+            metrics = evaluate(evaluated, questions, run.eval_dir, run.world if together else None)
+    if run.world.is_main:
         run.saver.wait()  # long done
         run_folder.mark_best(run.run_dir)
         progress.table(f"epoch {run.epoch}", table_rows(metrics, list(model.lms)))
@@ -315,4 +320,4 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
     run.world.barrier(patient=True)
     if run.after_evaluation is not None:
         run.after_evaluation(run, run.world.all_gather(metrics)[0])
-    return metrics
+    return metrics if run.world.is_main else None

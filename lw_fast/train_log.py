@@ -22,7 +22,9 @@ def accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tenso
     for name, value in sums.items():
         _add(run.sums, name, value)
     for name, rms_B in raw_rms.items():
-        _add(run.rms, name, torch.stack([rms_B.sum(), rms_B.new_tensor(float(len(rms_B)))]))
+        total = torch.stack([rms_B.sum(), rms_B.new_tensor(float(len(rms_B)))])
+        # Of several ranks that work on the same examples, one counts them.
+        _add(run.rms, name, total * run.model.lms[name].is_here)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -40,7 +42,7 @@ def log_row(run: Run, norm: Tensor) -> dict[str, Any]:
     """One row for log.jsonl and TensorBoard, from what was summed since the last one."""
     examples, spans, *per_lm = run.sums.pop("counts").tolist()
     num_lms = len(run.model.lms)
-    sums = {name: run.world.all_reduce(value).tolist() for name, value in run.sums.items()}
+    sums = {name: run.world.all_reduce(run.sums[name]).tolist() for name in sorted(run.sums)}
     run.sums.clear()
     rates = run.meter.report()
     memory = max_over_ranks(peak_memory(run.world.device), run.world.device)

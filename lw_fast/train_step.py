@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from lw_fast.batches import micro_slices
 from lw_fast.bridge import StepCounts, step_loss
 from lw_fast.config import Config
-from lw_fast.frozen_lm import FrozenLM
 from lw_fast.losses import first_token_weight
 from lw_fast.optim import lr_factor
 from lw_fast.train_log import accumulate, counts_row
@@ -24,21 +22,23 @@ def train_step(run: Run) -> Tensor:
     config, step = run.config, run.global_step
     index = run.order.step(step)
     gold = gold_span_draws(config, step, run.total_steps, len(index))
-    lms = lms_of_step(config, step, run.model.lms)
-    answers = {name: run.tables.answers[name] for name in lms}
+    here = run.model.lms_here
+    answers = {name: run.tables.answers[name] for name in lms_of_step(config, step)}
+    lms = {name: here[name] for name in answers if name in here}
     weight = first_token_weight(config.loss, step, run.total_steps)
     loss_config = dataclasses.replace(config.loss, first_token_ce_weight=weight)
     counts = StepCounts(
         examples=len(index),
         spans=run.tables.sources.num_spans(index),
         rows={name: table.num_targets(index) for name, table in answers.items()},
+        ranks_per_share=run.placement.ranks_per_share,
     )
-    slices = micro_slices(len(index), run.world.rank, run.world.size, config.micro_batch)
+    share, shares = run.placement.share, run.placement.shares
+    slices = micro_slices(len(index), share, shares, config.micro_batch)
     run.engine.module.train()
-    positions = dict.fromkeys(answers, 0)
     for number, part in enumerate(slices):
-        torch.manual_seed(_dropout_seed(config, step, run.world.rank, number))
-        batches = {name: run.tables.answer_batch(name, index[part]) for name in answers}
+        torch.manual_seed(_dropout_seed(config, step, share, number))
+        batches = {name: run.tables.answer_batch(name, index[part]) for name in lms}
         source = run.model.batch(run.tables.sources, index[part], gold[part])
         output = run.engine(source)
         loss, sums = step_loss(
@@ -47,12 +47,10 @@ def train_step(run: Run) -> Tensor:
         )  # fmt: skip
         run.engine.backward(loss, last=number == len(slices) - 1)
         accumulate(run, sums, output.raw_rms)
-        for name, batch in batches.items():
-            positions[name] += batch.num_positions * run.world.size
     run.meter.step(
         samples=len(index),
         source_bytes=int(run.tables.sources.num_bytes_N[index].sum()),
-        positions=positions,
+        positions={name: table.num_positions(index) for name, table in answers.items()},
         supervised_tokens=dict(counts.rows),
     )
     accumulate(run, {"counts": counts_row(counts, list(run.model.lms))}, {})
@@ -60,12 +58,12 @@ def train_step(run: Run) -> Tensor:
     return run.engine.step(factor, with_parts=run.is_logged(step + 1))
 
 
-def lms_of_step(config: Config, step: int, lms: Mapping[str, FrozenLM]) -> Mapping[str, FrozenLM]:
+def lms_of_step(config: Config, step: int) -> list[str]:
     """The LMs that a step trains through: all, or a drawn one. The same on every rank."""
+    names = list(config.lm)
     if config.loss.lms_per_step == "all":
-        return lms
-    name = np.random.default_rng((config.optim.seed, step, _LM_DRAWS)).choice(list(lms))
-    return {str(name): lms[str(name)]}
+        return names
+    return [str(np.random.default_rng((config.optim.seed, step, _LM_DRAWS)).choice(names))]
 
 
 _LM_DRAWS = 1
@@ -80,6 +78,6 @@ def gold_span_draws(config: Config, step: int, total_steps: int, num: int) -> np
     return np.random.default_rng((config.optim.seed, step)).random(num) < share
 
 
-def _dropout_seed(config: Config, step: int, rank: int, micro: int) -> int:
+def _dropout_seed(config: Config, step: int, share: int, micro: int) -> int:
     """Dropout depends on where in the run we are, not on how we got there: resuming is exact."""
-    return int(np.random.SeedSequence((config.optim.seed, step, rank, micro)).generate_state(1)[0])
+    return int(np.random.SeedSequence((config.optim.seed, step, share, micro)).generate_state(1)[0])

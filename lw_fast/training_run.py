@@ -19,6 +19,7 @@ from lw_fast.errors import UserError
 from lw_fast.eval_files import METRICS_FILE
 from lw_fast.meters import Meter
 from lw_fast.model import LatentModel, join_state, split_state
+from lw_fast.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Run:
     config: Config
     run_dir: Path
     world: World
+    placement: Placement
     model: LatentModel
     tables: Tables
     eval_examples: list[Example]
@@ -105,8 +107,8 @@ def save(run: Run, name: str) -> None:
 def _totals(run: Run, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums over all ranks, on the CPU; `counts` are those of all ranks already. Collective."""
     return {
-        name: (value if name == "counts" else run.world.all_reduce(value.clone())).cpu()
-        for name, value in sums.items()
+        name: (sums[name] if name == "counts" else run.world.all_reduce(sums[name].clone())).cpu()
+        for name in sorted(sums)  # the same order on all ranks
     }
 
 

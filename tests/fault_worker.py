@@ -27,7 +27,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 from torch.utils import tensorboard  # noqa: F401
 
-from lw_fast import checkpoint, run_folder, train, train_step
+from lw_fast import checkpoint, model, run_folder, train, train_step
 from lw_fast.model import LatentModel
 from lw_fast.training_run import Run
 
@@ -266,10 +266,22 @@ def record(path: Path) -> None:
     train.train_step = stepping
 
 
+def note_loads(path: Path) -> None:
+    """Writes the names of the LMs whose weights were loaded to `path`."""
+    load_once, names = model.load_frozen_lm, []
+
+    def loading(name, *args):
+        names.append(name)
+        path.write_text(json.dumps(names))
+        return load_once(name, *args)
+
+    model.load_frozen_lm = loading
+
+
 FAULTS: dict[str, Callable] = {
     f.__name__: f
     for f in (
         count, kill_at_event, kill_in_step, stop_in_step, nan_in_step, full_disk_in_step, linger,
-        record,
+        record, note_loads,
     )
 }  # fmt: skip

@@ -35,7 +35,7 @@ LAYERS = (
     "teacher",
     "prompts reader",
     "decode bridge forcing",
-    "batches alignment",
+    "batches alignment placement",
     "encoder engine frozen_lm",
     "latent_head adapter sequence source losses optim checkpoint meters nano progress quantised",
     "fp8 packed_attention packing blocks chat data guardrails scoring nano_facts",

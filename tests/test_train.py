@@ -286,8 +286,8 @@ def test_the_best_checkpoint_stays(settings, tmp_path, monkeypatch, keep_best, k
     """By the mean of the LMs' F1, over a resume too; `best` names it."""
     scores = iter([(0.5, 0.5), (0.4, 0.8), (0.9, 0.1), (0.6, 0.6)])
 
-    def evaluating(model, examples, out_dir):
-        metrics = evaluate_once(model, examples, out_dir)
+    def evaluating(model, examples, out_dir, world):
+        metrics = evaluate_once(model, examples, out_dir, world)
         for row, f1 in zip(metrics["latent"].values(), next(scores), strict=True):
             row["f1"] = f1
         (out_dir / "metrics.json").write_text(json.dumps(metrics))

@@ -101,15 +101,15 @@ def test_grad_ckpt_leaves_decoding_alone():
 
 
 def test_one_lm_is_drawn_per_step():
-    lms = {"llama": 1, "qwen": 2}
-    assert lms_of_step(tiny.config(), 3, lms) is lms
-    one = tiny.config(lms_per_step="one")
-    drawn = [tuple(lms_of_step(one, step, lms)) for step in range(200)]
-    assert drawn == [tuple(lms_of_step(one, step, lms)) for step in range(200)]
+    lms = {"llama": "a", "qwen": "b"}
+    assert lms_of_step(tiny.config(lm=lms), 3) == list(lms)
+    one = tiny.config(lm=lms, lms_per_step="one")
+    drawn = [tuple(lms_of_step(one, step)) for step in range(200)]
+    assert drawn == [tuple(lms_of_step(one, step)) for step in range(200)]
     assert set(drawn) == {("llama",), ("qwen",)}
     assert 70 < drawn.count(("llama",)) < 130
-    other = tiny.config(lms_per_step="one", seed=1)
-    assert drawn != [tuple(lms_of_step(other, step, lms)) for step in range(200)]
+    other = tiny.config(lm=lms, lms_per_step="one", seed=1)
+    assert drawn != [tuple(lms_of_step(other, step)) for step in range(200)]
 
 
 @pytest.fixture
@@ -153,6 +153,6 @@ def test_a_run_trains_through_the_drawn_lms(tmp_path, lm_dirs, qa_file, lms_per_
     train(config, ONE, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     for row in rows:
-        expected = lms_of_step(config, row["step"] - 1, lm_dirs)
+        expected = lms_of_step(config, row["step"] - 1)
         assert {key.split("/")[0] for key in row if "nll_token" in key} == set(expected)
         assert 0 < row["loss"] < 100

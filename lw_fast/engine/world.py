@@ -41,12 +41,12 @@ class World:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
         return tensor
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """One small picklable value per rank, in rank order. Collective."""
+    def all_gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """One small picklable value per rank, in rank order. Collective; `patient` as below."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.patient_group if patient else None)
         return values
 
     def barrier(self, *, patient: bool = False) -> None:

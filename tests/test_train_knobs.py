@@ -131,7 +131,7 @@ def test_zero_trains_the_drawn_lm_like_the_plain_engine(
     for name in ("plain", "zero1", "zero2", "zero3"):
         train(config, deepspeed_world, tmp_path / name, ds_config=copy.deepcopy(ZERO.get(name)))
         rows[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
-    drawn = [tuple(lms_of_step(config, step, lm_dirs)) for step in range(len(rows["plain"]))]
+    drawn = [tuple(lms_of_step(config, step)) for step in range(len(rows["plain"]))]
     assert len(drawn) == 8 and len(set(drawn)) == 2
     for name in ("zero1", "zero2", "zero3"):
         for found, expected in zip(rows[name], rows["plain"], strict=True):

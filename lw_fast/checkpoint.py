@@ -176,9 +176,14 @@ def _publish(partial: Path, path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a small file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file atomically."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
     try:
-        _write_synced(partial, text.encode())
+        _write_synced(partial, data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -302,7 +302,7 @@ def eval_main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot write into {out_dir}: {error.strerror}") from None
     world = init_world(use_deepspeed=False, device=flags["device"])
-    model = load_model(path, world.device, overrides, lms)
+    model = load_model(path, world.device, overrides, lms, park=True)
     metrics = evaluate(model, evaluation_examples(model.config), out_dir)
     print_table(Console(), str(path), table_rows(metrics, list(model.lms)))
     print(f"written to {out_dir}")

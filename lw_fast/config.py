@@ -284,6 +284,14 @@ class EvalConfig:
     )
     debug_print_first: int = setting(3, "latent answers shown and kept for the eye")
     debug_topk: int = setting(5, "first-step candidates kept for those questions; 0: none")
+    fresh_eval: bool = setting(
+        True,
+        "encode the questions anew; false: keep Z beside the evaluation, and reuse it while "
+        "checkpoint, encoder settings and questions are the same",
+    )
+    sequential_eval: bool = setting(
+        False, "each LM is on the device only while it is used (not with nf4 or int8)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +430,10 @@ def _validate(config: Config) -> None:
         raise UserError("layout=packed needs attn_implementation other than eager")
     if config.backbone.layout == "padded" and config.backbone.compile_layers == "yes":
         raise UserError("compile_layers=yes needs layout=packed: padded batches change shape")
+    if config.eval.sequential_eval and config.backbone.backbone_dtype in ("nf4", "int8"):
+        raise UserError(
+            f"sequential_eval cannot move LMs with backbone_dtype={config.backbone.backbone_dtype}"
+        )
     if config.encoder.encoder_dim % config.encoder.encoder_heads:
         raise UserError("encoder_dim must be a multiple of encoder_heads")
     if config.encoder.encoder_type == "byte_seed" and config.encoder.d_z % 8:

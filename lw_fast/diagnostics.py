@@ -75,6 +75,13 @@ def first_steps(
     """The k likeliest first tokens behind each example's latents, with their probabilities."""
     if not examples:
         return []
+    with model.using(lm):
+        return _first_steps(model, lm, examples, latents, k)
+
+
+def _first_steps(
+    model: LatentModel, lm: FrozenLM, examples: Sequence[Example], latents: Latents, k: int
+) -> list[list[dict[str, Any]]]:
     frame = decode_frame("latent", lm.tokenizer, model.config)
     prompts = make_prompts(
         "latent", lm, frame, examples, latents, model.bridge,

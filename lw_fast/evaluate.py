@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lw_fast import kept_latents
 from lw_fast.batches import to_device
 from lw_fast.chat import chat_ids
 from lw_fast.config import Config
@@ -78,6 +80,10 @@ class Result:
     prompt_tokens: float
 
 
+Results = dict[str, dict[str, dict[str, Result]]]
+"""Protocol -> prompt kind -> LM -> what came of it."""
+
+
 def evaluate(
     model: LatentModel,
     examples: Sequence[Example],
@@ -95,25 +101,23 @@ def evaluate(
     if len(examples) == 1:
         kinds = [kind for kind in kinds if kind != "shuffled"]  # there is no other latent
     model.bridge.eval()
-    started = time.perf_counter()
-    latents = encode(model, examples)
-    encode_seconds = time.perf_counter() - started
-    tuned = tuned_prompts(model) if "text_tuned" in kinds else {}
-    soft = {name: prompt.prompt_MD for name, prompt in tuned.items()}
-    latents = dataclasses.replace(latents, soft=soft)
-    results: dict[str, dict[str, dict[str, Result]]] = gather(
-        {
-            protocol: {
-                kind: {
-                    name: run_kind(kind, protocol, lm, model, examples, latents)
-                    for name, lm in model.lms_here.items()
-                }
-                for kind in kinds
-            }
-            for protocol in protocols
-        }
-    )
-    metrics = _metrics(model, examples, latents, results, encode_seconds, gather)
+    with _parked(model):
+        started = time.perf_counter()
+        latents = _latents(model, examples, out_dir, world)
+        encode_seconds = time.perf_counter() - started
+        tuned = tuned_prompts(model) if "text_tuned" in kinds else {}
+        soft = {name: prompt.prompt_MD for name, prompt in tuned.items()}
+        latents = dataclasses.replace(latents, soft=soft)
+        results: Results = {protocol: {kind: {} for kind in kinds} for protocol in protocols}
+        for name, lm in model.lms_here.items():
+            with model.using(lm):
+                for kind in kinds:
+                    scores = None  # those of the gold answers, which no protocol changes
+                    for protocol in protocols:
+                        result = run_kind(kind, protocol, lm, model, examples, latents, scores)
+                        results[protocol][kind][name], scores = result, result.scores
+        results = gather(results)
+        metrics = _metrics(model, examples, latents, results, encode_seconds, gather)
     if tuned:
         metrics["tuning"] = gather({name: _tuning(prompt) for name, prompt in tuned.items()})
     predictions = {
@@ -145,6 +149,28 @@ def _merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         for key in one.keys() & other.keys()
     }
     return {key: both.get(key, table[key]) for table in (one, other) for key in table}
+
+
+@contextmanager
+def _parked(model: LatentModel) -> Iterator[None]:
+    """With sequential_eval, LMs wait in host memory until `model.using` fetches them."""
+    readers = [model.reader.lm] if model.reader is not None and model.reader.lm.is_here else []
+    with ExitStack() as stack:
+        if model.config.eval.sequential_eval:
+            for lm in (*model.lms_here.values(), *readers):
+                stack.enter_context(lm.visit(torch.device("cpu")))
+        yield
+
+
+def _latents(
+    model: LatentModel, examples: Sequence[Example], out_dir: Path, world: World | None
+) -> Latents:
+    reading = model.using(model.reader.lm) if model.reader is not None else nullcontext()
+    with reading:
+        if model.config.eval.fresh_eval or (world is not None and world.size > 1):
+            return encode(model, examples)
+        path = out_dir / kept_latents.FILE
+        return kept_latents.kept_latents(path, model, examples, lambda: encode(model, examples))
 
 
 def asked_for(config: Config) -> tuple[list[str], list[str]]:
@@ -212,8 +238,9 @@ def run_kind(
     model: LatentModel,
     examples: Sequence[Example],
     latents: Latents,
+    scores: GoldScores | None = None,
 ) -> Result:
-    """Generates and scores one kind on one LM."""
+    """Generates and scores one kind on one LM; `scores` of the gold answers may be known."""
     config = model.config
     started = time.perf_counter()
     frame = decode_frame(kind, lm.tokenizer, config)
@@ -226,7 +253,8 @@ def run_kind(
     golds = [example.answers[0] if example.answers else "" for example in examples]
     rules = decode_rules(config, kind, protocol)
     predictions = generate(lm, prompts, rules, config.eval.chunk_size)
-    scores = score_answers(lm, frame, prompts, golds, model, count_eos=False)
+    if scores is None:
+        scores = score_answers(lm, frame, prompts, golds, model, count_eos=False)
     return Result(
         predictions=predictions,
         scores=scores,
@@ -419,16 +447,17 @@ def _joint(
     per_lm: dict[str, np.ndarray] = {}
     for name, lm in model.lms_here.items():
         frame = decode_frame("latent", lm.tokenizer, model.config)
-        prompts = make_prompts(
-            "latent", lm, frame, examples, latents, model.bridge,
-            gain=model.config.adapter.prefix_gain, token_budget_k=0,
-        )  # fmt: skip
-        per_lm[name] = np.stack(
-            [
-                score_answers(lm, frame, prompts, answers, model, count_eos=True).nll
-                for answers in candidates
-            ]
-        )
+        with model.using(lm):
+            prompts = make_prompts(
+                "latent", lm, frame, examples, latents, model.bridge,
+                gain=model.config.adapter.prefix_gain, token_budget_k=0,
+            )  # fmt: skip
+            per_lm[name] = np.stack(
+                [
+                    score_answers(lm, frame, prompts, answers, model, count_eos=True).nll
+                    for answers in candidates
+                ]
+            )
     pick = sum(gather(per_lm).values()).argmin(0)
     picked = [candidates[choice][i] for i, choice in enumerate(pick)]
     golds = golds_of(examples)

@@ -87,6 +87,16 @@ class FrozenLM:
     """Whether `hidden_packed` runs compiled layers."""
     _ready_for_backward: bool = False
 
+    @contextmanager
+    def visit(self, device: torch.device) -> Iterator[None]:
+        """Inside, the LM is on `device`; afterwards where it was before."""
+        home = self.device
+        self.model.to(device)
+        try:
+            yield
+        finally:
+            self.model.to(home)
+
     @property
     def d_model(self) -> int:
         """Width D of the input embeddings."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class LatentModel:
     def lms_here(self) -> dict[str, FrozenLM]:
         """The LMs whose weights this process holds."""
         return {name: lm for name, lm in self.lms.items() if lm.is_here}
+
+    def using(self, lm: FrozenLM) -> AbstractContextManager[None]:
+        """Inside, the LM is on the device; with sequential_eval it may be elsewhere otherwise."""
+        return lm.visit(self.device) if self.config.eval.sequential_eval else nullcontext()
 
     def sources(self, examples: Sequence[Example]) -> Sources:
         """Examples as the units that this model's encoder reads."""
@@ -161,14 +166,20 @@ def load_model(
     device: torch.device,
     overrides: Mapping[str, Any] | None = None,
     lms: Mapping[str, str] | None = None,
+    *,
+    park: bool = False,
 ) -> LatentModel:
-    """A trained model from a checkpoint folder, with some settings or LM sources changed."""
+    """A trained model from a checkpoint folder, with some settings or LM sources changed.
+
+    Args:
+        park: With sequential_eval, leave the LMs in host memory, where `evaluate` fetches them.
+    """
     saved = checkpoint.load(path)
     table = {**saved.config["lm"], **(lms or {})}
     if unknown := table.keys() - saved.adapters.keys():
         raise UserError(f"{path} has no adapter for {', '.join(sorted(unknown))}")
     config = from_dict({**saved.config, **(overrides or {}), "lm": table})
-    model = build_model(config, device)
+    model = build_model(config, device, _parked_lms(config, device) if park else None)
     try:
         model.bridge.load_state_dict(join_state(saved.encoder, saved.adapters))
     except RuntimeError as error:
@@ -177,6 +188,15 @@ def load_model(
     model.bridge.train_rms = {name: stats[name]["rms_mean_cal"] for name in stats}
     _check_train_stats(model)
     return model
+
+
+def _parked_lms(config: Config, device: torch.device) -> dict[str, FrozenLM]:
+    """With sequential_eval, every LM in host memory, loaded by way of the device one by one."""
+    lms = {}
+    for name, source in config.lm.items() if config.eval.sequential_eval else ():
+        lms[name] = load_frozen_lm(name, source, config.backbone, device)
+        lms[name].model.to("cpu")
+    return lms
 
 
 def retuned(model: LatentModel, change: Mapping[str, Any]) -> LatentModel:

@@ -69,7 +69,11 @@ class TunedPrompt:
 def tuned_prompts(model: LatentModel) -> dict[str, TunedPrompt]:
     """The soft prompt of every LM: from the cache, else tuned now and kept there."""
     examples = [e for e in training_examples(model.config)[0] if e.question]
-    return {name: _tuned_prompt(lm, examples, model.config) for name, lm in model.lms_here.items()}
+    tuned = {}
+    for name, lm in model.lms_here.items():
+        with model.using(lm):
+            tuned[name] = _tuned_prompt(lm, examples, model.config)
+    return tuned
 
 
 def _tuned_prompt(lm: FrozenLM, examples: Sequence[Example], config: Config) -> TunedPrompt:

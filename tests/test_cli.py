@@ -341,7 +341,9 @@ def test_load_4bit_is_nf4(monkeypatch):
     seen = {}
     monkeypatch.setattr(run_folder, "resolve_checkpoint", lambda path: path)
     monkeypatch.setattr(
-        model, "load_model", lambda path, device, overrides, lms: seen.update(overrides) or 1 / 0
+        model,
+        "load_model",
+        lambda path, device, overrides, *_, **__: seen.update(overrides) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         cli.eval_main(["--ckpt", "x", "--load_4bit", "--samples", "5", "--out_dir", "/tmp"])

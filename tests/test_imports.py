@@ -30,7 +30,7 @@ LAYERS = (
     "train_log",
     "training_run",
     "evaluate",
-    "diagnostics eval_files shared text_tuned",
+    "diagnostics eval_files kept_latents shared text_tuned",
     "model run_folder",
     "teacher",
     "prompts reader",

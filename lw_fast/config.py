@@ -242,7 +242,7 @@ class EvalConfig:
         0, "optimiser steps of text_tuned's soft prompt; 0: as many as the latent run has"
     )
     text_tuned_lr: float = setting(
-        0.03, "peak learning rate of that prompt, in units of the LM's embedding RMS"
+        0.05, "peak learning rate of that prompt, in units of the LM's embedding RMS"
     )
     protocol: str = setting(
         "clean",

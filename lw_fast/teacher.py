@@ -101,19 +101,21 @@ class Teacher:
             prompts = text_prompts(self.lm, self.frame, [self.texts[i] for i in block])
             lengths = np.array(prompts.lengths) + self.answers.length_N[block]
             for part in batches_by_length(lengths, POSITIONS):
-                rows = self._rows(block[part], prompts.embeds(part))
                 place_N = _ranges(start_B[first + part], num_B[first + part])
                 place_N = to_device(place_N, device)
-                ids_NK[place_N], log_probs_NK[place_N] = rows.indices.int(), rows.values
+                ids, log_probs_NK[place_N] = self._rows(block[part], prompts.embeds(part))
+                ids_NK[place_N] = ids.int()
         return ids_NK, log_probs_NK
 
-    def _rows(self, index: np.ndarray, prompts: Sequence[Tensor]) -> torch.return_types.topk:
-        """The likeliest tokens behind the text and the answer so far."""
+    def _rows(self, index: np.ndarray, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens behind the text and the answer so far: ids, log-probabilities."""
         table = self.answers
         answers = [table.ids_NL[i, : table.length_N[i]] for i in index]
         complete_B, eos = table.complete_N[index], self.frame.eos
         hidden_ND, _ = forced_rows(self.lm, prompts, answers, complete_B, eos)
-        return self.lm.logits(hidden_ND).float().log_softmax(-1).topk(self.top_k)
+        logits_NV = self.lm.logits(hidden_ND).float()
+        top = logits_NV.topk(self.top_k)
+        return top.indices, top.values - logits_NV.logsumexp(-1, keepdim=True)
 
 
 def _ranges(start_B: np.ndarray, num_B: np.ndarray) -> np.ndarray:

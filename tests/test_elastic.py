@@ -82,6 +82,19 @@ def test_resume_with_another_world_size(reference, tmp_path, before, after, engi
         assert mine == pytest.approx(theirs, rel=1e-5)
 
 
+def test_the_teacher_is_the_same_on_any_number_of_processes(tmp_path):
+    """KL to the text-prompted LM (kl_weight): the same curve on one process and on two."""
+    curves = []
+    for size in (1, 2):
+        argv = new(tmp_path / f"run{size}", "--kl_weight", "1", "--epochs", "1")
+        assert run_on(size, argv, tmp_path, f"on{size}") == [0] * size
+        rows = [json.loads(line) for line in (tmp_path / f"run{size}" / "log.jsonl").open()]
+        curves.append([[row["loss"], row["llama/kl"], row["qwen/kl"]] for row in rows])
+    assert len(curves[0]) == len(curves[1]) > 1
+    for one, two in zip(*curves, strict=True):
+        assert two == pytest.approx(one, rel=1e-5) and min(one) > 0
+
+
 def test_a_world_that_does_not_divide_the_batch(tmp_path):
     """Refused in one line on every rank."""
     argv = new(tmp_path / "run", "--batch_size", "9")

@@ -27,9 +27,9 @@ NAMES = ("llama", "qwen")
 ONE = World(rank=0, local_rank=0, size=1, device=tiny.CPU)
 
 
-def teacher_of(name: str, examples=None, **changes) -> tuple[Teacher, AnswerTable]:
+def teacher_of(name: str, examples=None, lm=None, **changes) -> tuple[Teacher, AnswerTable]:
     """A teacher of tiny examples and the student's table."""
-    lm, examples = tiny.frozen_lm(name), examples or tiny.examples(NUM)
+    lm, examples = lm or tiny.frozen_lm(name), examples or tiny.examples(NUM)
     config = tiny.config(**{"kl_weight": 1.0, "kl_top_k": WHOLE} | changes)
     answers = AnswerTable(lm, [example.answers[0] for example in examples], config)
     return Teacher(lm, examples, answers, config), answers
@@ -189,6 +189,26 @@ def test_one_backward_serves_both_losses(name):
     without = prefix.clone().requires_grad_()
     frozen_lm_loss(lm, without, answers, **weights, kl_weight=0.0)[0].backward()
     assert (without.grad * 3 - plain.grad).norm() > 0.1 * plain.grad.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_rows_have_the_same_teacher(name):
+    """Spare rows of a packed batch have none; loss, sums and gradient are those of padded rows."""
+    results = []
+    for packed in (False, True):
+        lm = tiny.frozen_lm(name)
+        lm.packed = packed
+        teacher, table = teacher_of(name, lm=lm)
+        answers = dataclasses.replace(table.batch(ALL), teacher=teacher(ALL))
+        assert (len(answers.target_N) > len(answers.teacher.ids_NK)) == packed
+        leaf = 0.3 * torch.randn(NUM, 6, lm.d_model, generator=torch.Generator().manual_seed(0))
+        leaf.requires_grad_()
+        weights = dict(row_weight=0.3, first_weight=0.2, kl_weight=0.7)
+        loss, stats = frozen_lm_loss(lm, leaf, answers, **weights)
+        loss.backward()
+        results.append((loss.detach(), stats, leaf.grad))
+    for padded, packed in zip(*results, strict=True):
+        assert (packed - padded).norm() <= 1e-5 * padded.norm()
 
 
 # ------------------------------------------------------------------------------- the step

@@ -23,6 +23,7 @@ import torch
 from lw_kernels import prefix_concat, prefix_concat_ref
 from torch import Tensor
 
+from benchmarks.kernels import Stopwatch
 from benchmarks.rows import case_words, measured, write_rows
 
 SCHEDULES = {"two_launches": False, "group": True}
@@ -78,8 +79,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: this needs a GPU")
     from lw_kernels import prefix_concat_triton
-    from triton.testing import do_bench
 
+    stopwatch = Stopwatch()
     rows = []
     for batch, dim in SHAPES:
         case = problem(batch, dim)
@@ -88,14 +89,12 @@ def main() -> None:
             if not is_right(case):
                 print(f"{name} B={batch} D={dim}: WRONG, not timed")
                 continue
-            low, median, high = do_bench(
-                lambda case=case: forward_backward(case, prefix_concat), quantiles=[0.2, 0.5, 0.8]
-            )
+            took = stopwatch.time(lambda case=case: forward_backward(case, prefix_concat))
             words = case_words(op="prefix_concat", calibration="per_example", schedule=name,
                                batch=batch, dim=dim)  # fmt: skip
-            rows.append(measured("prefix_schedules", words, "seconds", median / 1e3, "s",
-                                 p20=low / 1e3, p80=high / 1e3))  # fmt: skip
-            print(words, f"{1e3 * median:.1f} us")
+            rows.append(measured("prefix_schedules", words, "seconds", took.p50, "s",
+                                 p20=took.p20, p80=took.p80))  # fmt: skip
+            print(words, f"{1e6 * took.p50:.1f} us")
     write_rows(args.out, rows)
 
 

@@ -17,7 +17,7 @@ from lw_fast.adapter import AS_IT_IS, KERNEL_MODE, Adapter, Calibration, calibra
 from lw_fast.alignment import Alignment
 from lw_fast.batches import AnswerBatch
 from lw_fast.config import Config, LossConfig
-from lw_fast.encoder import Encoded, SourceBatch, build_encoder
+from lw_fast.encoder import Encoded, SourceBatch, build_encoder, join_encoded
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum, teacher_kl_sum
 
@@ -69,10 +69,10 @@ class LatentBridge(nn.Module):
         self.autocast = autocast
         self.alignment = alignment
 
-    def forward(self, source: SourceBatch) -> BridgeOutput:
-        """Source -> Z -> one raw prefix per LM."""
-        with self.precision(source.ids_BU.device):
-            encoded = self.encoder(source)
+    def forward(self, *groups: SourceBatch) -> BridgeOutput:
+        """Source -> Z -> one raw prefix per LM. A batch may come as groups of similar length."""
+        with self.precision(groups[0].ids_BU.device):
+            encoded = join_encoded([self.encoder(source) for source in groups])
             raw = {name: adapter(encoded.z_BMZ) for name, adapter in self.adapters.items()}
         return BridgeOutput(
             encoded=encoded,

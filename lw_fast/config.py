@@ -204,9 +204,9 @@ class BackboneConfig:
         "answers of a training batch: packed end to end without padding (auto: on GPUs), or padded",
         choices=("auto", "packed", "padded"),
     )
-    compile_layers: str = setting(
+    compile: str = setting(
         "auto",
-        "compile the LMs' layers for training (auto: on GPUs, with layout packed)",
+        "compile the LMs' layers and the encoder for training (auto: on GPUs, with layout packed)",
         choices=("auto", "yes", "no"),
     )
     grad_ckpt: bool = setting(
@@ -428,8 +428,8 @@ def _validate(config: Config) -> None:
         raise UserError("kl_weight needs channel_spans=0: no text prompt asks to repeat a span")
     if config.backbone.layout == "packed" and config.backbone.attn_implementation == "eager":
         raise UserError("layout=packed needs attn_implementation other than eager")
-    if config.backbone.layout == "padded" and config.backbone.compile_layers == "yes":
-        raise UserError("compile_layers=yes needs layout=packed: padded batches change shape")
+    if config.backbone.layout == "padded" and config.backbone.compile == "yes":
+        raise UserError("compile=yes needs layout=packed: padded batches change shape")
     if config.eval.sequential_eval and config.backbone.backbone_dtype in ("nf4", "int8"):
         raise UserError(
             f"sequential_eval cannot move LMs with backbone_dtype={config.backbone.backbone_dtype}"

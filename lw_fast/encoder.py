@@ -10,6 +10,7 @@ Letters: B batch, U units of the source, D encoder width, F reader state width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +59,42 @@ class Encoded:
     """Best span, inclusive unit positions."""
     carried_BM: Tensor | None = None
     """encoder_type=lm: the reader token that each latent carries, -1 where none."""
+
+
+def join_sources(groups: Sequence[SourceBatch]) -> SourceBatch:
+    """Groups of different width as one batch, without reader states; for the losses."""
+    if len(groups) == 1:
+        return groups[0]
+    wide = {name: _stack(groups, name) for name in ("ids_BU", "mask_BU", "context_BU")}
+    rest = ("span_B2", "span_loss_B", "use_gold_B")
+    return SourceBatch(**wide, **{n: torch.cat([getattr(g, n) for g in groups]) for n in rest})
+
+
+def join_encoded(groups: Sequence[Encoded]) -> Encoded:
+    """What an encoder returned for each group, as if for one batch."""
+    if len(groups) == 1:
+        return groups[0]
+
+    def joined(name: str, join: Callable[[str], Tensor]) -> Tensor | None:
+        return None if getattr(groups[0], name) is None else join(name)
+
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(group, name) for group in groups])
+
+    return Encoded(
+        z_BMZ=cat("z_BMZ"),
+        span_logits_BU2=joined("span_logits_BU2", lambda name: _stack(groups, name)),
+        predicted_B2=joined("predicted_B2", cat),
+        carried_BM=joined("carried_BM", cat),
+    )
+
+
+def _stack(groups: Sequence[object], name: str) -> Tensor:
+    """Fields [B, U, ...] of different U, filled up with zeros on the right."""
+    tensors = [getattr(group, name) for group in groups]
+    width = max(t.shape[1] for t in tensors)
+    fill = [(0, 0) * (t.dim() - 2) + (0, width - t.shape[1]) for t in tensors]
+    return torch.cat([F.pad(t, f) for t, f in zip(tensors, fill, strict=True)])
 
 
 class Encoder(Protocol):
@@ -204,7 +241,7 @@ class ByteEncoder(nn.Module):
         half_BHD = F.gelu(self.down1(near_BUL.transpose(1, 2))).transpose(1, 2)
         half_BHD = half_BHD * mask_BU[:, ::2, None]  # a bias must not leak out of the padding
         x_BPD = F.gelu(self.down2(half_BHD.transpose(1, 2))).transpose(1, 2)
-        mask_BP = mask_BU[:, ::4]
+        mask_BP = mask_BU[:, ::4].contiguous()  # fused attention wants it so
         for block in self.blocks:
             x_BPD = block(x_BPD, mask_BP)
         return self.norm(x_BPD), mask_BP

@@ -354,26 +354,31 @@ def load_frozen_lm(
 
 
 def _as_asked(lm: FrozenLM, config: BackboneConfig) -> FrozenLM:
-    packed = _packs(config, lm.device)
-    compiled = _compiles(config, lm.device, packed)
+    compiled = compiles(config, lm.device)
     if compiled:
         _compile_layers(lm.model)
     return replace(
-        lm, kernels=config.kernels, grad_ckpt=config.grad_ckpt, packed=packed, compiled=compiled
+        lm,
+        kernels=config.kernels,
+        grad_ckpt=config.grad_ckpt,
+        packed=packs(config, lm.device),
+        compiled=compiled,
     )
 
 
-def _packs(config: BackboneConfig, device: torch.device) -> bool:
+def packs(config: BackboneConfig, device: torch.device) -> bool:
     """Whether training batches are packed: by default where attention can skip between rows."""
     if config.layout == "auto":
         return device.type == "cuda" and config.attn_implementation != "eager"
     return config.layout == "packed"
 
 
-def _compiles(config: BackboneConfig, device: torch.device, packed: bool) -> bool:
-    if config.compile_layers == "auto":
-        return packed and device.type == "cuda" and config.backbone_dtype not in ("nf4", "int8")
-    return config.compile_layers == "yes"
+def compiles(config: BackboneConfig, device: torch.device) -> bool:
+    """Whether training runs compiled layers."""
+    if config.compile != "auto":
+        return config.compile == "yes"
+    fitting = packs(config, device) and config.backbone_dtype not in quantised.KINDS
+    return fitting and device.type == "cuda"
 
 
 def _compile_layers(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.eval_files import METRICS_FILE
 from lw_fast.evaluate import asked_for, check_prompts, evaluate, table_rows
-from lw_fast.frozen_lm import FrozenLM
+from lw_fast.frozen_lm import FrozenLM, compiles
 from lw_fast.meters import LMCost, Meter, reset_peak_memory
 from lw_fast.model import (
     LatentModel,
@@ -157,6 +157,8 @@ def setup_run(
     check_prompts(model)
     tables = tables_of(model, examples)
     accumulation = len(micro_slices(batch_size, 0, placement.shares, micro))
+    if compiles(config.backbone, world.device) and not _shards_weights(ds_config):
+        model.bridge.encoder.compile(dynamic=True)
     engine = build_engine(model.bridge, config, world, ds_config, accumulation)
     if world.is_main:
         trainable = sum(t.numel() for t in engine.module_state().values())
@@ -194,6 +196,11 @@ def _check_backbone(config: Config, ds_config: dict[str, Any] | None) -> None:
             f"backbone_dtype={kind} does not go with ZeRO-3: what bitsandbytes packs into one "
             "tensor cannot be cut into shards; take ds_configs/zero2.json"
         )
+
+
+def _shards_weights(ds_config: dict[str, Any] | None) -> bool:
+    """ZeRO-3 gathers weights in hooks, which a compiled encoder would not run."""
+    return ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
 
 
 def _loop(run: Run) -> dict[str, Any] | None:

@@ -22,9 +22,11 @@ def accumulate(run: Run, sums: Mapping[str, Tensor], raw_rms: Mapping[str, Tenso
     for name, value in sums.items():
         _add(run.sums, name, value)
     for name, rms_B in raw_rms.items():
-        total = torch.stack([rms_B.sum(), rms_B.new_tensor(float(len(rms_B)))])
+        total = rms_B.sum()
+        # full_like, not tensor(): a copy from the host would wait for the device.
+        pair = torch.stack([total, torch.full_like(total, len(rms_B))])
         # Of several ranks that work on the same examples, one counts them.
-        _add(run.rms, name, total * run.model.lms[name].is_here)
+        _add(run.rms, name, pair * run.model.lms[name].is_here)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

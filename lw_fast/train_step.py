@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lw_fast.batches import micro_slices
+from lw_fast.batches import length_groups, micro_slices
 from lw_fast.bridge import StepCounts, step_loss
 from lw_fast.config import Config
+from lw_fast.encoder import join_sources
 from lw_fast.losses import first_token_weight
 from lw_fast.optim import lr_factor
 from lw_fast.train_log import accumulate, counts_row
@@ -38,11 +39,17 @@ def train_step(run: Run) -> Tensor:
     run.engine.module.train()
     for number, part in enumerate(slices):
         torch.manual_seed(_dropout_seed(config, step, share, number))
-        batches = {name: run.tables.answer_batch(name, index[part]) for name in lms}
-        source = run.model.batch(run.tables.sources, index[part], gold[part])
-        output = run.engine(source)
+        length = run.tables.sources.length_N[index[part]]
+        order = np.argsort(length, kind="stable")
+        chosen, use_gold = index[part][order], gold[part][order]
+        batches = {name: run.tables.answer_batch(name, chosen) for name in lms}
+        groups = [
+            run.model.batch(run.tables.sources, chosen[group], use_gold[group])
+            for group in length_groups(length[order])
+        ]
+        output = run.engine(*groups)
         loss, sums = step_loss(
-            output, source, batches, lms, run.model.bridge, counts,
+            output, join_sources(groups), batches, lms, run.model.bridge, counts,
             loss_config, config.encoder.span_weight,
         )  # fmt: skip
         run.engine.backward(loss, last=number == len(slices) - 1)

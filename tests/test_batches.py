@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lw_fast.batches import AnswerTable, Order, SourceTable, micro_slices
+from lw_fast.batches import (
+    MIN_GROUP,
+    AnswerTable,
+    Order,
+    SourceTable,
+    length_groups,
+    micro_slices,
+)
+from lw_fast.encoder import join_sources
+from lw_fast.losses import span_loss_sum
 from lw_fast.source import byte_sources, token_sources
 
 
@@ -202,3 +211,53 @@ def test_reader_states_are_hidden_states_of_the_lm():
         centred = hidden - hidden.mean(-1, keepdim=True)
         expected = centred / centred.square().mean(-1, keepdim=True).sqrt()
         torch.testing.assert_close(states[real], expected[real], atol=1e-3, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------- groups
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=300))
+def test_length_groups_cut_a_batch_whole(lengths):
+    length_B = np.sort(np.array(lengths))
+    groups = length_groups(length_B)
+    assert np.concatenate([length_B[group] for group in groups]).tolist() == length_B.tolist()
+    sizes = [len(length_B[group]) for group in groups]
+    assert len(groups) == 1 or min(sizes[:-1]) >= MIN_GROUP
+    assert max(sizes) - min(sizes[:-1] or sizes) <= 0
+
+
+def test_length_groups_save_padding_only_where_there_is_some():
+    assert len(length_groups(np.full(512, 300))) == 1
+    skewed = np.sort(np.random.default_rng(0).lognormal(5, 0.6, 512).astype(int) + 1)
+    groups = length_groups(skewed)
+    padded = sum(skewed[group].max() * len(skewed[group]) for group in groups)
+    assert 1 < len(groups) <= 32 and padded < 1.5 * skewed.sum()
+
+
+@pytest.mark.parametrize("kind", ["lm", "byte", "byte_seed"])
+@torch.no_grad()
+def test_groups_are_the_batch(kind):
+    """Z, span scores and losses do not depend on how a batch is cut."""
+    model = tiny.latent_model(encoder_type=kind)
+    model.bridge.eval()
+    table = model.tables(tiny.examples(12)).sources
+    order = np.argsort(table.length_N, kind="stable")
+    whole = model.batch(table, order)
+    parts = [model.batch(table, order[cut]) for cut in (slice(0, 5), slice(5, 12))]
+    one, cut = model.bridge(whole), model.bridge(*parts)
+    torch.testing.assert_close(cut.encoded.z_BMZ, one.encoded.z_BMZ, rtol=1e-4, atol=1e-5)
+    joined = join_sources(parts)
+    for name in ("ids_BU", "mask_BU", "context_BU", "span_B2", "span_loss_B", "use_gold_B"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+    if kind == "byte_seed":
+        assert cut.encoded.span_logits_BU2 is None and cut.encoded.carried_BM is None
+        return
+    losses = [
+        span_loss_sum(out.encoded.span_logits_BU2[:, : whole.ids_BU.shape[1]], *span)
+        for out, span in ((one, (whole.span_B2, whole.context_BU)),
+                          (cut, (joined.span_B2, joined.context_BU)))
+    ]  # fmt: skip
+    torch.testing.assert_close(*losses)
+    assert torch.equal(cut.encoded.predicted_B2, one.encoded.predicted_B2)
+    if kind == "lm":
+        assert torch.equal(cut.encoded.carried_BM, one.encoded.carried_BM)

@@ -171,7 +171,7 @@ def test_an_example_does_not_see_its_neighbour(models):
 def test_one_graph_serves_all_layers_and_steps(source, first_steps):
     """Traced once, whatever is evaluated in between, and with the numbers of the plain layers."""
     torch._dynamo.reset()
-    config = BackboneConfig(layout="packed", compile_layers="yes")
+    config = BackboneConfig(layout="packed", compile="yes")
     lm = load_frozen_lm("lm", source, config, tiny.CPU)
     plain = lm.rerun(BackboneConfig(layout="packed"))
     assert lm.compiled and lm.packed and plain.packed and not plain.compiled
@@ -201,7 +201,7 @@ def test_one_graph_serves_all_layers_and_steps(source, first_steps):
     "wrong, message",
     [
         (dict(layout="packed", attn_implementation="eager"), "attn_implementation"),
-        (dict(layout="padded", compile_layers="yes"), "needs layout=packed"),
+        (dict(layout="padded", compile="yes"), "needs layout=packed"),
     ],
 )
 def test_contradictions(wrong, message):

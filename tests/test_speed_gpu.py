@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 ANSWERS = ["Paris", "a small green bicycle", "1066", "in the old town by the river"] * 8
-PADDED = BackboneConfig(layout="padded", compile_layers="no")
+PADDED = BackboneConfig(layout="padded", compile="no")
 SOURCES = ("random:smollm2-135m", "random:qwen2.5-0.5b")
 
 
@@ -72,11 +72,11 @@ def test_packed_and_compiled_agree_with_padded(source):
     lm = load_frozen_lm("lm", source, PADDED, CUDA)
     prefix = 0.02 * torch.randn(len(ANSWERS), 6, lm.d_model, device=CUDA)
     results = []
-    for compile_layers in (None, "no", "yes"):
-        config = BackboneConfig(layout="packed", compile_layers=compile_layers or "no")
-        runner = lm if compile_layers is None else lm.rerun(config)
+    for compile_ in (None, "no", "yes"):
+        config = BackboneConfig(layout="packed", compile=compile_ or "no")
+        runner = lm if compile_ is None else lm.rerun(config)
         batch = AnswerTable(runner, ANSWERS, tiny.config()).batch(np.arange(len(ANSWERS)))
-        assert (batch.packing is None) == (compile_layers is None)
+        assert (batch.packing is None) == (compile_ is None)
         leaf = prefix.clone().requires_grad_()
         loss, _ = frozen_lm_loss(runner, leaf, batch, row_weight=1 / 64, first_weight=0.0)
         loss.backward()

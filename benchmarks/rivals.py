@@ -140,7 +140,7 @@ class PeftStep:
         self.lm, self.table, self.order, self.number = lm, table, order, 0
         if liger:
             patch_with_liger(lm)
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=table.latent_len)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=table.layout.latent_len)
         # In training mode Liger does not make logits; the LMs have no dropout.
         self.model = peft.get_peft_model(lm.model, config).to(lm.device).train()
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -192,5 +192,5 @@ def patch_with_liger(lm: FrozenLM) -> None:
 
 def real_positions(table: AnswerTable, index: np.ndarray) -> int:
     """Positions of these examples without padding, in one pass: the work that there is to do."""
-    before = len(table.frame.head) + table.latent_len + len(table.frame.anchor)
+    before = table.layout.prefix_len
     return int(before * len(index) + table.length_N[index].sum())

@@ -57,9 +57,10 @@ BASE = {"encoder_type": "byte_seed", "batch_size": 64, "samples": 1024}
 so that the LMs are what differs."""
 
 LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("eager_attention_torch_kernels", {"attn_implementation": "eager", "kernels": "torch"}),
-    ("sdpa", {"attn_implementation": "sdpa"}),
+    ("padded_eager_torch", {"layout": "padded", "compile": "no", "kernels": "torch"}),
     ("triton_kernels", {"kernels": "auto"}),
+    ("packed", {"layout": "packed"}),
+    ("compiled", {"compile": "auto"}),
 )
 """Rungs from a naive step to the full one: a name, and the settings that it adds to those before.
 One more line is one more rung; the last one is what the other groups of cases stand on."""
@@ -70,7 +71,7 @@ ENCODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lm_uncached", {"encoder_type": "lm", "reader_cache": "off"}),
 )
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
-GROUPS = ("ladder", "batches", "encoders", "attention", "engines", "original", "peft")
+GROUPS = ("ladder", "batches", "fp8", "encoders", "attention", "engines", "original", "peft")
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,10 @@ def run_groups(bench: Bench, groups: list[str], sizes: Mapping[str, list[int]]) 
         fastest = max(rates, key=rates.__getitem__)
         print(f"fastest batch: {fastest} at {rates[fastest]:.4g} samples/s")
         best = best | {"batch_size": fastest}
+    if "fp8" in groups:
+        for size in sizes["batches"]:
+            settings = best | {"backbone_dtype": "fp8", "batch_size": size}
+            bench.ours(Case({"impl": "ours", "group": "fp8"}, settings))
     if "encoders" in groups:
         for name, settings in ENCODERS:
             words = {"impl": "ours", "group": "encoders", "encoder": name}

@@ -35,7 +35,9 @@ def test_every_kind_of_case(monkeypatch, tmp_path, capsys):
     bench(monkeypatch, out, "--groups", "ladder,batches,encoders,original,peft")
     found = by_case(out)
     rungs = [case for case in found if "rung=" in case]
-    assert [case.split("rung=")[1][0] for case in rungs] == ["0", "1", "2"]
+    assert [case.split("rung=")[1][0] for case in rungs] == [
+        str(n) for n in range(len(throughput.LADDER))
+    ]
     assert sum("group=batches" in case for case in found) == 2
     assert {"encoder=lm_cached", "encoder=lm_uncached"} <= {w for c in found for w in c.split()}
     assert sum("impl=original" in case for case in found) == 1

@@ -140,7 +140,9 @@ class PeftStep:
         self.lm, self.table, self.order, self.number = lm, table, order, 0
         if liger:
             patch_with_liger(lm)
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=table.layout.latent_len)
+        config = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=table.layout.latent_len
+        )
         # In training mode Liger does not make logits; the LMs have no dropout.
         self.model = peft.get_peft_model(lm.model, config).to(lm.device).train()
         self.params = [p for p in self.model.parameters() if p.requires_grad]

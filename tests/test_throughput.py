@@ -52,7 +52,7 @@ def test_every_kind_of_case(monkeypatch, tmp_path, capsys):
     document.write_text("before\n<!-- rows nano -->\nold\n<!-- end -->\nafter\n")
     plot_throughput.put_table(document, "nano", plot_throughput.table(out))
     text = document.read_text()
-    assert "old" not in text and "| 1: sdpa |" in text and text.endswith("after\n")
+    assert "old" not in text and "| 1: triton kernels |" in text and text.endswith("after\n")
 
 
 def test_the_run_survives_a_full_card_and_a_broken_case(monkeypatch, tmp_path, capsys):

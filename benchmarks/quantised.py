@@ -4,8 +4,8 @@
         --lm.llama random:llama-3.1-8b --lm.qwen random:qwen2.5-7b
     python benchmarks/quantised.py accuracy --pair small --ckpt runs/small --eval_samples 512
 
-Writes benchmarks/results/quantised_memory.csv or quantised_accuracy.csv and prints their rows. Each
-dtype of --dtypes (default: bf16 and whatever this version can quantise to) is one value of
+Writes benchmarks/results/quantised_memory_PAIR.csv or quantised_accuracy_PAIR.csv, and prints it.
+Each dtype of --dtypes (default: bf16 and whatever this version can quantise to) is one value of
 --backbone_dtype; the first one is what accuracy is compared with.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import shlex
 import statistics
 import sys
@@ -77,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     command = shlex.join(["python", "benchmarks/quantised.py", *_portable(argv, lms)])
     for row in found:
         row["config"] = {"command": command, **row["config"]}
-    out = flags["out"] or Path(f"benchmarks/results/quantised_{what}.csv")
+    out = flags["out"] or Path(f"benchmarks/results/quantised_{what}_{flags['pair']}.csv")
     write_rows(out, found)
     for case, rows in itertools.groupby(found, key=lambda row: row["case"]):
         print(case, *(f"{row['metric']} {row['value']:.4g}" for row in rows), sep="  ")
@@ -114,7 +113,7 @@ def dtypes_of(text: str) -> list[str]:
 def _portable(argv: Sequence[str], lms: dict[str, str]) -> Iterator[str]:
     """The command line with file names in place of paths."""
     for word in (*argv, *(f"--lm.{name}={source}" for name, source in lms.items())):
-        flag, equals, value = word.rpartition("=")
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         yield f"{flag}{equals}{value.rsplit('/', 1)[-1]}"
 
 
@@ -214,11 +213,15 @@ def _reset(device: torch.device) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The settings of a row; sources by name, since folders are this machine's own."""
+    """What the command line leaves open; sources by name, since folders are this machine's own."""
+    lms = {name: source.rsplit("/", 1)[-1] for name, source in config.lm.items()}
     values = to_dict(config)
-    named = {name: source.rsplit("/", 1)[-1] for name, source in values["lm"].items()}
-    files = {key: values[key].rsplit("/", 1)[-1] for key in ("dataset", "eval_dataset", "reader")}
-    return {"settings": json.loads(json.dumps({**values, **files, "lm": named}))}
+    return {"lm": lms} | {name: values[name] for name in _TOLD}
+
+
+_TOLD = (
+    "encoder_type latent_len d_z kinds max_new_tokens chunk_size text_format attn_implementation"
+).split()
 
 
 # ------------------------------------------------------------------------------- accuracy
@@ -237,8 +240,9 @@ def accuracy_rows(
     for dtype in dtypes:
         _reset(device)
         model = load_model(path, device, settings | {"backbone_dtype": dtype}, lms)
-        about = _settings(model.config)
-        for (name, kind), values in scores_of(model).items():
+        about, seed, scored = _settings(model.config), model.config.data.eval_seed, scores_of(model)
+        del model  # before the next one is loaded
+        for (name, kind), values in scored.items():
             case = case_words(pair=pair, lm=name, kind=kind, dtype=dtype)
             first = base.setdefault((name, kind), values)
             for metric in SCORES:
@@ -246,7 +250,6 @@ def accuracy_rows(
                 yield measured("quantised", case, metric, mean(values[metric]), "1", **shown)
                 if dtype == dtypes[0]:
                     continue
-                seed = model.config.data.eval_seed
                 change = paired_bootstrap(values[metric], first[metric], seed)
                 for suffix, value in (
                     ("", change.difference), ("_lo", change.lo), ("_hi", change.hi)

@@ -6,7 +6,6 @@ CUDA events, without waiting for the device in between: as a training runs.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import time
@@ -201,11 +200,8 @@ class SharedLMs:
 
 
 def _weights_key(source: str, config: Config) -> tuple:
-    """What weights depend on; FrozenLM.rerun changes the three settings left out."""
-    backbone = dataclasses.asdict(config.backbone)
-    for name in ("kernels", "grad_ckpt", "attn_implementation"):
-        del backbone[name]
-    return (source, *backbone.items())
+    """What weights depend on; FrozenLM.rerun changes all other settings of a backbone."""
+    return source, config.backbone.backbone_dtype, config.backbone.trust_remote_code
 
 
 def _synchronize(device: torch.device) -> None:

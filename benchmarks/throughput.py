@@ -71,6 +71,8 @@ ENCODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lm_uncached", {"encoder_type": "lm", "reader_cache": "off"}),
 )
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
+NAIVE = {"layout": "padded", "compile": "no", "attn_implementation": "sdpa"}
+"""How the rivals run their LMs."""
 GROUPS = ("ladder", "batches", "fp8", "encoders", "attention", "engines", "original", "peft")
 
 
@@ -255,7 +257,7 @@ def run_groups(bench: Bench, groups: list[str], sizes: Mapping[str, list[int]]) 
             bench.ours(Case(words, best | {"attn_implementation": kind}))
     if "original" in groups:
         for size in sizes["original"]:
-            settings = {"attn_implementation": "sdpa", "kernels": "torch", "batch_size": size}
+            settings = NAIVE | {"kernels": "torch", "batch_size": size}
             bench.original(Case({"impl": "original", "engine": "plain"}, settings))
     if "peft" in groups:
         _peft(bench, sizes["peft"])
@@ -267,7 +269,7 @@ def _peft(bench: Bench, sizes: list[int]) -> None:
             print(f"no row for impl={impl}: {why_not}")
             continue
         for size in sizes:
-            settings = {"attn_implementation": "sdpa", "batch_size": size}
+            settings = NAIVE | {"batch_size": size}
             words = {"impl": impl, "engine": "plain", "encoder": None}
             bench.peft(Case(words, settings), liger=impl == "peft_liger")
 

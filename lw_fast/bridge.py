@@ -20,6 +20,7 @@ from lw_fast.config import Config, LossConfig
 from lw_fast.encoder import Encoded, SourceBatch, build_encoder, join_encoded
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.losses import rms_penalty, scale_penalty, span_loss_sum, teacher_kl_sum
+from lw_fast.profiling import part
 
 STATS = ("nll_sum", "first_nll_sum", "first_top1_sum", "first_top5_sum", "row_top1_sum", "kl_sum")
 """What `frozen_lm_loss` reports per LM, summed over the batch, in this order."""
@@ -72,8 +73,10 @@ class LatentBridge(nn.Module):
     def forward(self, *groups: SourceBatch) -> BridgeOutput:
         """Source -> Z -> one raw prefix per LM. A batch may come as groups of similar length."""
         with self.precision(groups[0].ids_BU.device):
-            encoded = join_encoded([self.encoder(source) for source in groups])
-            raw = {name: adapter(encoded.z_BMZ) for name, adapter in self.adapters.items()}
+            with part("encoder"):
+                encoded = join_encoded([self.encoder(source) for source in groups])
+            with part("adapters"):
+                raw = {name: adapter(encoded.z_BMZ) for name, adapter in self.adapters.items()}
         return BridgeOutput(
             encoded=encoded,
             raw=raw,
@@ -176,7 +179,8 @@ class _FrozenLMLoss(torch.autograd.Function):
         with torch.enable_grad():
             leaf_BMD = prefix_BMD.detach().requires_grad_()
             loss, stats = run(leaf_BMD)
-            (grad_BMD,) = torch.autograd.grad(loss, leaf_BMD)
+            with part("LM backward"):
+                (grad_BMD,) = torch.autograd.grad(loss, leaf_BMD)
         ctx.save_for_backward(grad_BMD)
         ctx.mark_non_differentiable(stats)
         return loss.detach(), stats
@@ -202,13 +206,15 @@ def frozen_lm_loss(
     weights_N = row_weight * answers.answer_N.float() + first_weight * answers.first_N.float()
 
     def run(raw_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_ND = supervised_states(lm, raw_BMD, answers, calibration)
-        rows = lm.score(hidden_ND, answers.target_N, weights_N)
-        loss, kl = rows.loss.sum(), rows.nll.new_zeros(())
-        if answers.teacher is not None:
-            taught_ND = hidden_ND[: len(answers.teacher.ids_NK)]  # without spare rows
-            kl = teacher_kl_sum(lm.logits(taught_ND), answers.teacher, lm.kernels)
-            loss = loss + kl_weight * kl
+        with part("LM forward"):
+            hidden_ND = supervised_states(lm, raw_BMD, answers, calibration)
+        with part("head"):
+            rows = lm.score(hidden_ND, answers.target_N, weights_N)
+            loss, kl = rows.loss.sum(), rows.nll.new_zeros(())
+            if answers.teacher is not None:
+                taught_ND = hidden_ND[: len(answers.teacher.ids_NK)]  # without spare rows
+                kl = teacher_kl_sum(lm.logits(taught_ND), answers.teacher, lm.kernels)
+                loss = loss + kl_weight * kl
         with torch.no_grad():
             facts_N3 = torch.stack([rows.nll, rows.top1.float(), rows.top5.float()], dim=1)
             every = (facts_N3 * answers.answer_N[:, None]).sum(0)

@@ -310,6 +310,9 @@ class RunConfig:
         "with keep_last: the checkpoint with the best evaluation (F1 of latent prompts, mean over "
         "the LMs) stays as well",
     )
+    profile: int = setting(
+        0, "steps to profile after the first five: trace and table in RUN_DIR/profile; 0: none"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,8 +379,8 @@ _NOT_NEGATIVE = (
     "adapter_bound prefix_target_rms prefix_gain first_token_ce_weight align_weight scale_l2 "
     "adapter_rms_l2 micro_batch_size lr adapter_lr warmup_steps min_lr_ratio weight_decay "
     "max_grad_norm min_new_tokens eos_ban_steps token_budget_k eval_every save_every keep_last "
-    "smoke_samples supervise_first_k kl_weight first_token_temperature debug_print_first "
-    "debug_topk text_tuned_steps"
+    "smoke_samples profile supervise_first_k kl_weight first_token_temperature "
+    "debug_print_first debug_topk text_tuned_steps"
 ).split()
 _BELOW_ONE = ("encoder_dropout", "beta1", "beta2")
 _NOT_LM_NAMES = ("loss", "span", "align", "counts", "encoder")

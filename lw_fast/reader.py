@@ -10,6 +10,7 @@ import torch
 from lw_fast.batches import SourceTable, to_device
 from lw_fast.encoder import SourceBatch
 from lw_fast.frozen_lm import FrozenLM
+from lw_fast.profiling import part
 
 CACHE_SHARE_GPU = 0.4
 """Share of the free GPU memory that the cache may take under reader_cache=auto."""
@@ -50,6 +51,7 @@ class Reader:
                 flat[offset : offset + length] = row[:length]
         table.states = flat
 
+    @part("reader")
     def __call__(self, table: SourceTable, index: np.ndarray, batch: SourceBatch) -> SourceBatch:
         """The batch with its states [B, U, F]: from the cache, else read now."""
         flat = table.states

@@ -42,6 +42,7 @@ from lw_fast.model import (
     training_examples,
 )
 from lw_fast.placement import place
+from lw_fast.profiling import part, profiled
 from lw_fast.progress import Progress
 from lw_fast.shared import Shared
 from lw_fast.train_log import log_row
@@ -206,7 +207,11 @@ def _shards_weights(ds_config: dict[str, Any] | None) -> bool:
 def _loop(run: Run) -> dict[str, Any] | None:
     config, metrics = run.config, None
     norm: Tensor | None = None
-    with Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress:
+    profile = config.run.profile if run.world.is_main else 0
+    with (
+        Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress,
+        profiled(run.run_dir / "profile", profile) as step_done,
+    ):
         if _lacks_evaluation(run):
             metrics = _evaluate(run, progress)
         while run.global_step < run.total_steps and not run.finished:
@@ -217,7 +222,9 @@ def _loop(run: Run) -> dict[str, Any] | None:
             epoch_ends = run.global_step % run.order.steps_per_epoch == 0
             if run.is_logged(run.global_step):
                 _check_finite(run, norm)
-                progress.update(run.global_step, log_row(run, norm))
+                with part("log"):
+                    progress.update(run.global_step, log_row(run, norm))
+            step_done()
             if _must_stop(run):
                 _check_finite(run, norm)
                 save(run, f"epoch{run.epoch}" if epoch_ends else f"step{run.global_step}")

@@ -14,6 +14,7 @@ from lw_fast.config import Config
 from lw_fast.encoder import join_sources
 from lw_fast.losses import first_token_weight
 from lw_fast.optim import lr_factor
+from lw_fast.profiling import part
 from lw_fast.train_log import accumulate, counts_row
 from lw_fast.training_run import Run
 
@@ -37,22 +38,24 @@ def train_step(run: Run) -> Tensor:
     share, shares = run.placement.share, run.placement.shares
     slices = micro_slices(len(index), share, shares, config.micro_batch)
     run.engine.module.train()
-    for number, part in enumerate(slices):
+    for number, piece in enumerate(slices):
         torch.manual_seed(_dropout_seed(config, step, share, number))
-        length = run.tables.sources.length_N[index[part]]
-        order = np.argsort(length, kind="stable")
-        chosen, use_gold = index[part][order], gold[part][order]
-        batches = {name: run.tables.answer_batch(name, chosen) for name in lms}
-        groups = [
-            run.model.batch(run.tables.sources, chosen[group], use_gold[group])
-            for group in length_groups(length[order])
-        ]
+        with part("data"):
+            length = run.tables.sources.length_N[index[piece]]
+            order = np.argsort(length, kind="stable")
+            chosen, use_gold = index[piece][order], gold[piece][order]
+            batches = {name: run.tables.answer_batch(name, chosen) for name in lms}
+            groups = [
+                run.model.batch(run.tables.sources, chosen[group], use_gold[group])
+                for group in length_groups(length[order])
+            ]
         output = run.engine(*groups)
         loss, sums = step_loss(
             output, join_sources(groups), batches, lms, run.model.bridge, counts,
             loss_config, config.encoder.span_weight,
         )  # fmt: skip
-        run.engine.backward(loss, last=number == len(slices) - 1)
+        with part("bridge backward"):
+            run.engine.backward(loss, last=number == len(slices) - 1)
         accumulate(run, sums, output.raw_rms)
     run.meter.step(
         samples=len(index),
@@ -62,7 +65,8 @@ def train_step(run: Run) -> Tensor:
     )
     accumulate(run, {"counts": counts_row(counts, list(run.model.lms))}, {})
     factor = lr_factor(step, run.total_steps, config.optim)
-    return run.engine.step(factor, with_parts=run.is_logged(step + 1))
+    with part("optimizer"):
+        return run.engine.step(factor, with_parts=run.is_logged(step + 1))
 
 
 def lms_of_step(config: Config, step: int) -> list[str]:

@@ -38,7 +38,7 @@ LAYERS = (
     "batches alignment placement",
     "encoder engine frozen_lm",
     "latent_head adapter sequence source losses optim checkpoint meters nano progress quantised",
-    "fp8 packed_attention packing blocks chat data guardrails scoring nano_facts",
+    "fp8 packed_attention packing blocks chat data guardrails profiling scoring nano_facts",
     "config run_results",
     "errors",
 )

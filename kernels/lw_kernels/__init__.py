@@ -12,6 +12,7 @@ from lw_kernels.masked_cross_entropy import (
     masked_cross_entropy_ref,
 )
 from lw_kernels.prefix_concat import PrefixConcat, prefix_concat, prefix_concat_ref
+from lw_kernels.short_attention import short_attention, short_attention_ref
 
 __all__ = [
     "CrossEntropyRows",
@@ -24,4 +25,6 @@ __all__ = [
     "masked_cross_entropy_ref",
     "prefix_concat",
     "prefix_concat_ref",
+    "short_attention",
+    "short_attention_ref",
 ]

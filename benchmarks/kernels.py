@@ -50,6 +50,8 @@ from lw_kernels import (
     masked_cross_entropy,
     prefix_concat,
     prefix_concat_ref,
+    short_attention,
+    short_attention_ref,
 )
 
 from benchmarks.rows import case_words, device_name, environment, measured, read_rows, write_rows
@@ -307,6 +309,73 @@ def linear_case(num_rows: int, num_vocab: int, dim: int) -> Case:
     )
 
 
+def attention_case(batch: int, heads: int, groups: int, width: int, backward: bool) -> Case:
+    """Packed causal attention; sequences have 35 rows and an answer of 1 to 25, about 5 on average.
+
+    A contender returns the output or the gradient of k, which every other gradient goes into.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = 35 + torch.empty(batch).geometric_(0.2, generator=generator).clamp(1, 25).int()
+    longest, rows, first = 60, int(lengths.sum()), int(lengths[0])
+    cu = F.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+    q, k, v, grad = (
+        torch.randn(rows, n, width, device=DEVICE, dtype=DTYPE).requires_grad_()
+        for n in (heads, groups, groups, heads)
+    )
+    grad = grad.detach()
+
+    def step(fn: Callable, *inputs: Tensor, grad: Tensor = grad) -> Tensor:
+        out = fn(*inputs)
+        return torch.autograd.grad(out, inputs, grad)[1] if backward else out
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return short_attention(*inputs, cu, longest, impl="triton")
+
+    def varlen(*inputs: Tensor) -> Tensor:
+        from lw_fast.packed_attention import _varlen
+
+        return _varlen(*inputs, cu, longest, width**-0.5)
+
+    def padded() -> Callable[[], Tensor]:
+        wide = [_padded(x.detach(), lengths, longest).requires_grad_() for x in (q, k, v, grad)]
+
+        def sdpa(*inputs: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+        # Its rows of the first sequence, for the error.
+        return lambda: step(sdpa, *wide[:3], grad=wide[3].detach())[0].transpose(0, 1)
+
+    def truth() -> Tensor:
+        few = [x.detach()[:first].float().requires_grad_() for x in (q, k, v)]
+        own = functools.partial(short_attention_ref, cu_seqlens=cu[:2], max_len=longest)
+        return step(own, *few, grad=grad[:first].float())
+
+    contenders = {"ours": lambda: step(ours, q, k, v), "sdpa_padded": padded()}
+    if GPU:
+        contenders["varlen"] = lambda: step(varlen, q, k, v)
+    # Forward reads q, k, v and writes the output; backward reads those and its gradient and writes
+    # three more.
+    moved = (6 * heads + 6 * groups) if backward else (2 * heads + 2 * groups)
+    return Case(
+        {
+            "op": "short_attention",
+            "pass": "fwd_bwd" if backward else "fwd",
+            "batch": batch,
+            "heads": f"{heads}/{groups}",
+            "dim": width,
+        },
+        contenders,
+        truth,
+        moved * rows * width * q.element_size(),
+    )
+
+
+def _padded(x_RHK: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """[B, H, S, K], as the layers of a padded batch hold it."""
+    parts = x_RHK.split(lengths.tolist())
+    return torch.stack([F.pad(x, (0, 0, 0, 0, 0, longest - len(x))) for x in parts]).transpose(1, 2)
+
+
 def _liger_cross_entropy(logits: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     # Liger writes the gradient into its input, so it gets logits of its own.
     own = logits.detach().clone().requires_grad_()
@@ -344,11 +413,15 @@ def all_cases(quick: bool) -> Iterator[Callable[[], Case]]:
         yield lambda: prefix_case(2, 64, "per_slot", num_vocab=50, slots=3, tail=4)
         yield lambda: cross_entropy_case(3, 3000, backward=True)
         yield lambda: linear_case(4, 300, 32)
+        yield lambda: attention_case(2, 2, 1, 16, backward=True)
         return
     yield lambda: linear_case(320, 128256, 4096)
     yield lambda: cross_entropy_case(2048, 128256, backward=False)
     yield lambda: cross_entropy_case(2048, 128256, backward=True)
     yield lambda: prefix_case(256, 4096, "per_slot")
+    for shape in ((512, 9, 3, 64), (64, 32, 8, 128), (64, 28, 4, 128)):
+        for backward in (False, True):
+            yield functools.partial(attention_case, *shape, backward)
     if quick:
         return
     yield lambda: linear_case(2048, 128256, 4096)
@@ -508,7 +581,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="the four main cases only")
+    parser.add_argument("--quick", action="store_true", help="the main cases only")
     parser.add_argument("--max_seconds", type=float, default=180, help="start nothing after this")
     parser.add_argument("--from_csv", type=Path, help="measure nothing, show these rows")
     args = parser.parse_args()

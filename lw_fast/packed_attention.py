@@ -1,7 +1,8 @@
 """Attention over packed rows, with the signature that transformers asks of an attention.
 
-On a GPU it is torch.nn.attention.varlen (FlashAttention); elsewhere, or where that is missing,
-SDPA under a block-diagonal causal mask: the same numbers, for tests.
+On a GPU short sequences take a kernel made for them (lw_kernels.short_attention), longer ones
+torch.nn.attention.varlen (FlashAttention); elsewhere it is SDPA under a block-diagonal causal mask:
+the same numbers, for tests.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from lw_kernels import short_attention
+from lw_kernels.short_attention import MAX_HEAD_DIM
 from torch import Tensor, nn
+
+SHORT = 128
+"""Rows up to which FlashAttention's tiles would be mostly empty."""
 
 
 def packed_attention(
@@ -28,8 +34,15 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; output [1, R, H, K]. B is 1."""
     rows = [t[0].transpose(0, 1) for t in (query_BHRK, key_BHRK, value_BHRK)]
-    attend = _varlen if query_BHRK.device.type == "cuda" else _masked
+    attend = _masked
+    if query_BHRK.device.type == "cuda":
+        short = max_length_q <= SHORT and query_BHRK.shape[-1] <= MAX_HEAD_DIM
+        attend = _short if short else _varlen
     return attend(*rows, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+def _short(q_RHK: Tensor, k_RHK: Tensor, v_RHK: Tensor, cu_seqlens, max_len, scaling) -> Tensor:
+    return short_attention(q_RHK, k_RHK, v_RHK, cu_seqlens, max_len, scale=scaling)
 
 
 def _varlen(q_RHK: Tensor, k_RHK: Tensor, v_RHK: Tensor, cu_seqlens, max_len, scaling) -> Tensor:

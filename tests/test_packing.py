@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lw_kernels import short_attention
 
 from lw_fast.batches import IGNORE, AnswerTable
 from lw_fast.bridge import frame_prefix, frozen_lm_loss, supervised_scores
 from lw_fast.config import BackboneConfig
 from lw_fast.errors import UserError
 from lw_fast.frozen_lm import load_frozen_lm
-from lw_fast.packed_attention import packed_attention
+from lw_fast.packed_attention import _masked, _short, packed_attention
 from lw_fast.packing import GROWTH, ROW_MULTIPLE, PackedSizes
 
 NUM = 7
@@ -115,6 +118,25 @@ def test_attention_stays_within_a_sequence(groups):
             *part, is_causal=True, scale=0.3, enable_gqa=True
         )
         torch.testing.assert_close(out[:, start:end], alone.transpose(1, 2))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_kernel_for_short_sequences_traces_and_agrees(impl, monkeypatch):
+    """What a GPU would run, here through PyTorch and through Triton's interpreter."""
+    monkeypatch.setattr(
+        "lw_fast.packed_attention.short_attention", functools.partial(short_attention, impl=impl)
+    )
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 12, 16).transpose(1, 2)[0] for heads in (4, 2, 2)]
+    cu = torch.tensor([0, 7, 7, 12], dtype=torch.int32)
+    results = []
+    for attend in (_masked, _short, torch.compile(_short, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = attend(*leaves, cu, 7, 0.3)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for other in results[1:]:
+        for ours, want in zip(other, results[0], strict=True):
+            assert (ours - want).norm() <= 1e-5 * want.norm()
 
 
 # ------------------------------------------------------------------------------- the loss

@@ -12,7 +12,7 @@ from lw_fast.bridge import frozen_lm_loss
 from lw_fast.config import BackboneConfig
 from lw_fast.fp8 import Float8Linear
 from lw_fast.frozen_lm import load_frozen_lm
-from lw_fast.packed_attention import _masked, _varlen
+from lw_fast.packed_attention import _masked, _short, _varlen
 
 pytestmark = pytest.mark.gpu
 
@@ -26,15 +26,16 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
+@pytest.mark.parametrize("packed", [_short, _varlen])
 @pytest.mark.parametrize("heads, groups, width", [(2, 1, 64), (3, 3, 64), (8, 4, 128), (4, 7, 128)])
-def test_varlen_attention_is_masked_attention(heads, groups, width):
+def test_packed_attention_is_masked_attention(heads, groups, width, packed):
     torch.manual_seed(0)
     lengths = [40, 1, 57, 0, 33]
     cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=CUDA)
     rows, options = sum(lengths), dict(device=CUDA, dtype=torch.bfloat16)
     inputs = [torch.randn(rows, n, width, **options) for n in (heads * groups, heads, heads)]
     grad, results = torch.randn(rows, heads * groups, width, **options), []
-    for attend, dtype in ((_varlen, torch.bfloat16), (_masked, torch.float32)):
+    for attend, dtype in ((packed, torch.bfloat16), (_masked, torch.float32)):
         leaves = [t.to(dtype).detach().requires_grad_() for t in inputs]
         out = attend(*leaves, cu, max(lengths), width**-0.5)
         out.backward(grad.to(dtype))

@@ -78,7 +78,8 @@ def short_attention_ref(
     `upcast` computes in fp32 (fp64 stays fp64); without it SDPA sees the dtype of q.
     """
     if q_RHK.shape[0] == 0 or cu_seqlens.shape[0] == 1:
-        return torch.zeros_like(q_RHK) + 0 * (q_RHK.sum() + k_RGK.sum() + v_RGK.sum())
+        nothing = q_RHK[:0].sum() + k_RGK[:0].sum() + v_RGK[:0].sum()
+        return torch.zeros_like(q_RHK) + nothing
     row_BS, real_BS = _rows_of_sequences(cu_seqlens, max_len, q_RHK.shape[0])
 
     def padded(x: Tensor) -> Tensor:

@@ -24,13 +24,22 @@ from lw_kernels.dispatch import interpreting, on_device_of
 # These change from batch to batch; compiling anew for 1 and for multiples of 16 would not pay.
 VARYING = ["num_sequences", "num_rows"]
 WIDEN = tl.constexpr(interpreting())
-"""Triton's interpreter holds bf16 as raw bits and would compute on those; nor does it round."""
+"""Triton's interpreter holds bf16 as raw bits and would compute on those."""
+
+
+@triton.jit
+def _cast(x, DTYPE: tl.constexpr):
+    """fp32 to DTYPE, rounded also in the interpreter, which would cut bits off."""
+    if WIDEN and DTYPE == tl.bfloat16:
+        x = (x.to(tl.int32, bitcast=True) + 0x8000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
 def _operand(x, DTYPE: tl.constexpr):
-    """`x` as the tensor cores take it: in the dtype of the inputs."""
-    return x.to(tl.float32) if WIDEN else x.to(DTYPE)
+    """fp32 as the tensor cores take it: rounded to the dtype of the inputs."""
+    x = _cast(x, DTYPE)
+    return x.to(tl.float32) if WIDEN else x
 
 
 @triton.jit
@@ -43,12 +52,13 @@ def _dot(a, b):
 def _load(ptr, rows, stride, cols, inside):
     """A tile as an operand, zeros where it is not `inside`."""
     x = tl.load(ptr + (rows.to(tl.int64) * stride)[:, None] + cols, mask=inside, other=0.0)
-    return _operand(x, ptr.dtype.element_ty)
+    return x.to(tl.float32) if WIDEN else x
 
 
 @triton.jit
 def _store(ptr, rows, stride, cols, inside, x):
-    x = x.to(ptr.dtype.element_ty)
+    """fp32 into rows of the dtype of `ptr`."""
+    x = _cast(x, ptr.dtype.element_ty)
     tl.store(ptr + (rows.to(tl.int64) * stride)[:, None] + cols, x, mask=inside)
 
 

@@ -227,6 +227,12 @@ class PlacementConfig:
     lm_parallel: bool = setting(
         False, "one LM per process, several processes on the same questions; else data parallel"
     )
+    shard_lms: str = setting(
+        "auto",
+        "cut the layers of the frozen LMs among the processes (ZeRO-3); auto: with a ds_config of "
+        "stage 3 and several processes",
+        choices=("auto", "yes", "no"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def greedy(
             token_B = logits_BV.argmax(-1)
         chosen.append(token_B)
         ended_B = ended_B | torch.isin(token_B, stop_ids)
-        if step % STOP_CHECK_EVERY == STOP_CHECK_EVERY - 1 and bool(ended_B.all()):
+        if step % STOP_CHECK_EVERY == STOP_CHECK_EVERY - 1 and lm.everywhere(ended_B.all()):
             break
         embeds_BSD = lm.embed(token_B[:, None])
         if mask_BS is not None:

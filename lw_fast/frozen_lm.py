@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lw_fast import quantised
 from lw_fast.config import BackboneConfig
+from lw_fast.engine import Sharding
 from lw_fast.errors import UserError
 from lw_fast.fp8 import allow_backward, to_fp8
 from lw_fast.packed_attention import packed_attention
@@ -85,6 +86,8 @@ class FrozenLM:
     """Whether training batches come without padding (`hidden_packed`)."""
     compiled: bool = False
     """Whether `hidden_packed` runs compiled layers."""
+    sharding: Sharding | None = None
+    """Set where each process holds a shard of the layers."""
     _ready_for_backward: bool = False
 
     @contextmanager
@@ -121,6 +124,10 @@ class FrozenLM:
     def is_here(self) -> bool:
         """Whether this process holds the weights (see `outline`)."""
         return self.device.type != "meta"
+
+    def everywhere(self, flag: bool | Tensor) -> bool:
+        """Whether it is true, on all processes that share this LM's layers."""
+        return bool(flag) if self.sharding is None else self.sharding.everywhere(flag)
 
     @functools.cached_property
     def embed_rms(self) -> float:
@@ -318,9 +325,17 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 def load_frozen_lm(
-    name: str, source: str, config: BackboneConfig, device: torch.device
+    name: str,
+    source: str,
+    config: BackboneConfig,
+    device: torch.device,
+    sharding: Sharding | None = None,
 ) -> FrozenLM:
-    """Loads, freezes and checks one LM. What cannot be loaded is a UserError in one line."""
+    """Loads, freezes and checks one LM. What cannot be loaded is a UserError in one line.
+
+    With `sharding` each process ends up with a shard of the layers, and reads no more than one
+    weight at a time from a folder; a `random:` LM is whole for a moment. Collective with it.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # seconds at most, and ours has its own
@@ -334,7 +349,10 @@ def load_frozen_lm(
     if kind == "random":
         model, tokenizer = _random(rest, options, device)
     else:
-        model, tokenizer = _pretrained(name, source, options, config.trust_remote_code)
+        with _in_shards(sharding, dtype):
+            model, tokenizer = _pretrained(name, source, options, config.trust_remote_code)
+    if sharding is not None:
+        sharding.cut(model, dtype)
     if tokenizer.eos_token_id is None:
         raise UserError(f"lm.{name}: the tokenizer of {source} has no EOS token")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -349,12 +367,27 @@ def load_frozen_lm(
         model.to(device)
     if config.backbone_dtype == "fp8":
         to_fp8(model.base_model.layers)
-    lm = FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer))
+    lm = FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer), sharding=sharding)
     return _as_asked(lm, config)
 
 
+@contextmanager
+def _in_shards(sharding: Sharding | None, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, from_pretrained keeps this process's part of each weight only."""
+    if sharding is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers knows it through a weak reference: for as long as the name lives.
+    known = HfDeepSpeedConfig(sharding.config(dtype))
+    yield
+    del known
+
+
 def _as_asked(lm: FrozenLM, config: BackboneConfig) -> FrozenLM:
-    compiled = compiles(config, lm.device)
+    # Gathering happens in hooks, which a compiled layer would not run.
+    compiled = lm.sharding is None and compiles(config, lm.device)
     if compiled:
         _compile_layers(lm.model)
     return replace(

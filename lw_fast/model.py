@@ -124,9 +124,14 @@ def build_model(
         raise UserError(f"lm.{taken[0]}: PyTorch uses this name itself; choose another one")
     known = {name: lm.rerun(config.backbone) for name, lm in (lms or {}).items()}
     here = config.lm if placement is None else placement.lms
+    sharding = placement.sharding if placement else None
     lms = {
         name: known.get(name)
-        or (load_frozen_lm if name in here else outline)(name, source, config.backbone, device)
+        or (
+            load_frozen_lm(name, source, config.backbone, device, sharding)
+            if name in here
+            else outline(name, source, config.backbone, device)
+        )
         for name, source in config.lm.items()
     }
     if placement is not None:

@@ -15,9 +15,10 @@ so that they meet the same latents, and their gradients add up to those of one p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lw_fast.config import Config
-from lw_fast.engine import World
+from lw_fast.engine import Sharding, World
 from lw_fast.errors import UserError
 
 
@@ -31,6 +32,13 @@ class Placement:
     share: int
     """Which share of each batch this rank works on, of so many."""
     shares: int
+    sharding: Sharding | None = None
+    """Set where the LMs' layers are cut among the ranks."""
+
+    @property
+    def evaluates_together(self) -> bool:
+        """Whether no rank can evaluate alone."""
+        return self.ranks_per_share > 1 or self.sharding is not None
 
     @property
     def ranks_per_share(self) -> int:
@@ -38,7 +46,7 @@ class Placement:
         return self.world.size // self.shares
 
 
-def place(config: Config, world: World) -> Placement:
+def place(config: Config, world: World, ds_config: dict[str, Any] | None = None) -> Placement:
     """The placement that the settings ask for.
 
     Raises:
@@ -57,4 +65,21 @@ def place(config: Config, world: World) -> Placement:
     shares, batch_size = world.size // size, config.optim.batch_size
     if batch_size % shares:
         raise UserError(f"batch_size {batch_size} cannot be divided among {shares} devices")
-    return Placement(world=world, lms=names, share=world.rank // size, shares=shares)
+    sharding = Sharding(ds_config, world) if _shards(config, world, ds_config) else None
+    return Placement(world, names, world.rank // size, shares, sharding)
+
+
+def _shards(config: Config, world: World, ds_config: dict[str, Any] | None) -> bool:
+    choice = config.placement.shard_lms
+    stage = ds_config["zero_optimization"]["stage"] if ds_config else 0
+    why_not = {
+        "a ds_config of stage 3": stage == 3,
+        "lm_parallel=false": not config.placement.lm_parallel,
+        "backbone_dtype bf16 or fp32": config.backbone.backbone_dtype in ("auto", "bf16", "fp32"),
+        "kl_weight=0 (passes of the teacher differ among processes)": not config.loss.kl_weight,
+        "compile_layers auto or no": config.backbone.compile_layers != "yes",
+    }
+    missing = [need for need, there in why_not.items() if not there]
+    if choice == "yes" and missing:
+        raise UserError(f"shard_lms needs {missing[0]}")
+    return choice != "no" and not missing and (choice == "yes" or world.size > 1)

@@ -34,7 +34,9 @@ class Reader:
         """Reads the whole table once if its states fit (or reader_cache=on)."""
         width = self.lm.d_model * self.num_states
         size = len(table.flat_ids) * width * self.lm.dtype.itemsize
-        if self.cache == "off" or (self.cache == "auto" and size > self._room()):
+        if self.cache == "off":
+            return
+        if self.cache == "auto" and not self.lm.everywhere(size <= self._room()):
             return
         flat = torch.empty(
             len(table.flat_ids), width, dtype=self.lm.dtype, device=self.lm.device

@@ -143,7 +143,7 @@ def setup_run(
     """Data, LMs (`lms`: those in memory already, see build_model), bridge and engine of a run."""
     reset_peak_memory(world.device)  # another run of this process may have been larger
     batch_size, micro = config.optim.batch_size, config.micro_batch
-    placement = place(config, world)
+    placement = place(config, world, ds_config)
     asked_for(config)  # not only after hours of training
     _check_backbone(config, ds_config)
     if config.adapter.calibration == "train_stats":
@@ -312,7 +312,7 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Any] | None:
     the other ranks, where it does not hold all the LMs. Then `after_evaluation` sees the metrics.
     """
     model, metrics = run.model, None
-    together = run.placement.ranks_per_share > 1
+    together = run.placement.evaluates_together
     state = run.engine.module_state()
     if run.world.is_main or together:
         bridge = build_bridge(run.config, model.lms, model.reader, model.device)

@@ -266,6 +266,24 @@ def record(path: Path) -> None:
     train.train_step = stepping
 
 
+def note_residents(path: Path) -> None:
+    """Writes to `path`, after the first step, the bytes of each LM that this process holds."""
+
+    def bytes_of(lm) -> int:
+        kept = [getattr(p, "ds_tensor", p) for p in lm.model.parameters()]
+        gathered = [p for p in lm.model.parameters() if hasattr(p, "ds_tensor")]
+        return sum(t.numel() * t.element_size() for t in (*kept, *gathered))
+
+    def noting() -> None:
+        if clock.run.global_step == 1:
+            lms = clock.run.model.lms
+            layers = {name: lm.num_layer_parameters for name, lm in lms.items()}
+            resident = {name: bytes_of(lm) for name, lm in lms.items()}
+            path.write_text(json.dumps({"layers": layers, "resident": resident}))
+
+    _before_step(noting)
+
+
 def note_loads(path: Path) -> None:
     """Writes the names of the LMs whose weights were loaded to `path`."""
     load_once, names = model.load_frozen_lm, []
@@ -282,6 +300,6 @@ FAULTS: dict[str, Callable] = {
     f.__name__: f
     for f in (
         count, kill_at_event, kill_in_step, stop_in_step, nan_in_step, full_disk_in_step, linger,
-        record, note_loads,
+        record, note_loads, note_residents,
     )
 }  # fmt: skip

@@ -60,6 +60,7 @@ def test_lm_parallel_in_groups():
         ({"lm_parallel": True}, 3, "needs a multiple of 2 processes, one per LM; got 3"),
         ({"lm_parallel": True, "batch_size": 3}, 4, "batch_size 3 cannot be divided among 2"),
         ({"lm_parallel": True, "lms_per_step": "one"}, 2, "needs lms_per_step=all"),
+        ({"shard_lms": "yes"}, 2, "shard_lms needs a ds_config of stage 3"),
     ],
 )
 def test_what_cannot_be_placed(changes, size, message):
@@ -158,6 +159,37 @@ def test_a_rank_loads_its_own_lm_only(tmp_path):
     )
     assert [rank.wait(60) for rank in ranks] == [0, 0], ranks[0].said
     assert [read(tmp_path / f"{rank}.json") for rank in range(2)] == [["llama"], ["qwen"]]
+
+
+# By default ZeRO-3 keeps weights below 100,000 values whole, which here would be all of them.
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+
+def test_sharded_lms_train_like_whole_ones(tmp_path):
+    """Half of each layer per rank: the same losses and answers, and nothing of it is saved."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ds_config = tmp_path / "zero3.json"
+    ds_config.write_text(json.dumps(ZERO3))
+    for run_dir, shard in ((whole, "no"), (cut, "auto")):
+        argv = new(run_dir, *KINDS, "--ds_config", str(ds_config), "--shard_lms", shard)
+        facts = {rank: {"note_residents": tmp_path / f"{shard}{rank}.json"} for rank in (0, 1)}
+        ranks = fault_worker.start_ranks(argv, tmp_path, facts)
+        assert [rank.wait(120) for rank in ranks] == [0, 0], ranks[0].said + ranks[1].said
+    for mine, theirs in zip(rows(cut), rows(whole), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    one, two = (checkpoint.load(folder / "epoch2") for folder in (whole, cut))
+    # AdamW divides by the gradient's size: where that is next to nothing, rounding shows.
+    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=1e-4)
+    assert (
+        two.path.joinpath("state.pt").stat().st_size < 1.1 * (one.path / "state.pt").stat().st_size
+    )
+    said = [(run / "eval_epoch2" / "predictions.jsonl").read_text() for run in (whole, cut)]
+    assert said[0] == said[1]
+    for rank in (0, 1):
+        full, part = (read(tmp_path / f"{shard}{rank}.json") for shard in ("no", "auto"))
+        assert full["layers"] == part["layers"]
+        for name in ("llama", "qwen"):
+            assert part["resident"][name] < 0.62 * full["resident"][name]
 
 
 @pytest.mark.slow

@@ -24,12 +24,14 @@ from lw_fast.config import Config
 from lw_fast.engine.base import Engine
 from lw_fast.engine.ds_config import load_ds_config
 from lw_fast.engine.plain import PlainEngine
+from lw_fast.engine.sharding import Sharding
 from lw_fast.engine.world import World, close_world, init_world, watch_peers
 from lw_fast.engine.zero import ZeroEngine
 
 __all__ = [
     "Engine",
     "PlainEngine",
+    "Sharding",
     "World",
     "ZeroEngine",
     "build_engine",

@@ -46,6 +46,7 @@ def prepare(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> 
     if resume:
         _check_same(read_config(run_dir), config)
         checkpoint.tidy(run_dir)
+        mark_best(run_dir)
     elif run_dir.exists() and (names := _names(run_dir)):
         if not _is_run(run_dir):
             raise UserError(f"{run_dir} holds something else than a run; choose another --run_dir")

@@ -96,8 +96,12 @@ def test_sigkill_anywhere(reference, tmp_path, points):
         reached = int(re.search(r"killed at step (\d+)", worker.said)[1]) + (kind != "step")
         if has_checkpoint(run_dir):
             found = checkpoint.load(checkpoint.latest(run_dir)).progress["global_step"]
-            said = train(resume(run_dir), output)
-            assert f"at step {found}" in said
+            if (run_dir / "eval_epoch2" / "metrics.json").exists():  # all was done by then
+                worker = fault_worker.start(resume(run_dir), output)
+                assert worker.wait() == 2 and "nothing to resume" in worker.said
+                assert (run_dir / "best").read_text() == "epoch2\n"
+            else:
+                assert f"at step {found}" in train(resume(run_dir), output)
         else:  # nothing was saved yet
             found = 0
             train(new(run_dir, *["--overwrite"] * run_dir.joinpath("log.jsonl").exists()), output)

@@ -77,7 +77,7 @@ def _shards(config: Config, world: World, ds_config: dict[str, Any] | None) -> b
         "lm_parallel=false": not config.placement.lm_parallel,
         "backbone_dtype bf16 or fp32": config.backbone.backbone_dtype in ("auto", "bf16", "fp32"),
         "kl_weight=0 (passes of the teacher differ among processes)": not config.loss.kl_weight,
-        "compile_layers auto or no": config.backbone.compile_layers != "yes",
+        "compile auto or no": config.backbone.compile != "yes",
     }
     missing = [need for need, there in why_not.items() if not there]
     if choice == "yes" and missing:

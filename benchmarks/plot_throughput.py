@@ -58,6 +58,7 @@ def title(words: dict[str, str]) -> str:
         return f"{number}: {name.replace('_', ' ')}"
     detail = {
         "batches": f"batch {words['batch']}",
+        "fp8": f"fp8, batch {words['batch']}",
         "encoders": f"encoder {words['encoder']}",
         "attention": f"attention {words['attn']}",
         "engines": f"engine {words['engine']}",

@@ -162,6 +162,10 @@ def train_parser() -> Parser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run_dir")
     parser.add_argument(
+        "--auto_batch", action="store_true",
+        help="find the fastest micro_batch_size that fits, then train with it",
+    )  # fmt: skip
+    parser.add_argument(
         "--init_from", type=Path, metavar="DIR", help="start from the weights of another run"
     )
     parser.add_argument(
@@ -183,6 +187,8 @@ def train_main(argv: Sequence[str], shared: Shared | None = None) -> None:
     overrides = {name: value for name, value in flags.items() if name in FIELDS}
     if flags["resume"] and flags["run_dir"] is None:
         raise UserError("--resume needs --run_dir")
+    if flags["auto_batch"] and (flags["resume"] or "micro_batch_size" in flags):
+        raise UserError("--auto_batch contradicts --resume and --micro_batch_size")
     config = run_config(flags, overrides, lms)
     from lw_fast.engine import close_world, init_world, load_ds_config, watch_peers
     from lw_fast.train import train
@@ -209,6 +215,7 @@ def train_main(argv: Sequence[str], shared: Shared | None = None) -> None:
                 overwrite=flags["overwrite"],
                 init_from=flags["init_from"],
                 shared=shared,
+                auto_batch=flags["auto_batch"],
             )
         if world.is_main:
             print(f"run folder: {run_dir}")

@@ -56,8 +56,13 @@ def prepare(run_dir: Path, config: Config, *, resume: bool, overwrite: bool) -> 
         _clear(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     # A process killed in the middle of it must leave the settings that resuming reads.
-    checkpoint.write_text(run_dir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+    write_config(run_dir, config)
     checkpoint.write_text(run_dir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """The settings that resuming reads."""
+    checkpoint.write_text(run_dir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def _names(run_dir: Path) -> set[str]:

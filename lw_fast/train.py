@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lw_fast import checkpoint, quantised, run_folder
+from lw_fast.auto_batch import choose
 from lw_fast.batches import Order, Tables, micro_slices
 from lw_fast.config import Config
 from lw_fast.data import Example
@@ -72,12 +73,14 @@ def train(
     on_start: Callable[[Run], None] | None = None,
     after_evaluation: AfterEvaluation | None = None,
     shared: Shared | None = None,
+    auto_batch: bool = False,
 ) -> dict[str, Any] | None:
     """Trains, saves and evaluates; returns the metrics of the last evaluation (rank 0).
 
     Args:
         on_start: Sees the run on every rank before its next step, where it stands after resuming.
         after_evaluation: See AfterEvaluation.
+        auto_batch: Look for the fastest micro-batch that fits first; see auto_batch.py.
         shared: LMs and sources that earlier runs of this process have left.
 
     Raises:
@@ -92,7 +95,9 @@ def train(
         if resume:
             start = checkpoint.load(checkpoint.latest(run_dir))
         kept = (shared.lms(config, world.device), shared.tables) if shared else ()
-        run = setup_run(config, world, run_dir, ds_config, *kept)
+        run = setup_run(config, world, run_dir, ds_config, *kept, auto_batch=auto_batch)
+        if auto_batch and world.is_main:  # what resuming reads
+            run_folder.write_config(run_dir, run.config)
         run.after_evaluation = after_evaluation
         if resume:
             resume_run(run, start)
@@ -139,11 +144,19 @@ def setup_run(
     ds_config: dict[str, Any] | None,
     lms: Mapping[str, FrozenLM] | None = None,
     tables_of: Callable[[LatentModel, list[Example]], Tables] = LatentModel.tables,
+    auto_batch: bool = False,
 ) -> Run:
-    """Data, LMs (`lms`: those in memory already, see build_model), bridge and engine of a run."""
+    """Data, LMs (`lms`: those in memory already, see build_model), bridge and engine of a run;
+    with `auto_batch` its config has the micro-batch that was found to be the fastest."""
     reset_peak_memory(world.device)  # another run of this process may have been larger
-    batch_size, micro = config.optim.batch_size, config.micro_batch
+    batch_size = config.optim.batch_size
     placement = place(config, world, ds_config)
+    if auto_batch and world.size > 1 and _shards_weights(ds_config):
+        raise UserError(
+            "--auto_batch does not go with ZeRO-3 on several processes: they exchange weights in "
+            "every pass, so one that runs out of memory would stop the others; set "
+            "--micro_batch_size, or take ds_configs/zero2.json"
+        )
     asked_for(config)  # not only after hours of training
     _check_backbone(config, ds_config)
     if config.adapter.calibration == "train_stats":
@@ -157,9 +170,11 @@ def setup_run(
     model = build_model(config, world.device, lms, placement)
     check_prompts(model)
     tables = tables_of(model, examples)
-    accumulation = len(micro_slices(batch_size, 0, placement.shares, micro))
     if compiles(config.backbone, world.device) and not _shards_weights(ds_config):
         model.bridge.encoder.compile(dynamic=True)
+    if auto_batch:
+        config = choose(config, world, model, tables, placement.shares)
+    accumulation = len(micro_slices(batch_size, 0, placement.shares, config.micro_batch))
     engine = build_engine(model.bridge, config, world, ds_config, accumulation)
     if world.is_main:
         trainable = sum(t.numel() for t in engine.module_state().values())

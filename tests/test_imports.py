@@ -26,7 +26,7 @@ LAYERS = (
     "sweep_points",
     "api",
     "train",
-    "train_step",
+    "train_step auto_batch",
     "train_log",
     "training_run",
     "evaluate",

@@ -38,7 +38,7 @@ from lw_fast.shared import Shared
 from lw_fast.train import setup_run
 from lw_fast.training_run import Run
 
-BASE = {"layout": "padded", "compile_layers": "no", "batch_size": 64, "max_answer_tokens": 8}
+BASE = {"layout": "padded", "compile": "no", "batch_size": 64, "max_answer_tokens": 8}
 """Eager layers and padded rows: what the plan counts."""
 SWEEPS = {
     "batch_size": (16, 32, 64, 128),

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lw_fast import checkpoint, quantised, run_folder
 from lw_fast.auto_batch import choose
@@ -34,6 +33,7 @@ from lw_fast.errors import UserError
 from lw_fast.eval_files import METRICS_FILE
 from lw_fast.evaluate import asked_for, check_prompts, evaluate, table_rows
 from lw_fast.frozen_lm import FrozenLM, compiles
+from lw_fast.late import Late
 from lw_fast.meters import LMCost, Meter, reset_peak_memory
 from lw_fast.model import (
     LatentModel,
@@ -221,7 +221,7 @@ def _shards_weights(ds_config: dict[str, Any] | None) -> bool:
 
 def _loop(run: Run) -> dict[str, Any] | None:
     config, metrics = run.config, None
-    norm: Tensor | None = None
+    norm: Late | None = None
     profile = config.run.profile if run.world.is_main else 0
     with (
         Progress(run.total_steps, run.global_step, enabled=run.world.is_main) as progress,
@@ -230,7 +230,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
         if _lacks_evaluation(run):
             metrics = _evaluate(run, progress)
         while run.global_step < run.total_steps and not run.finished:
-            previous, norm = norm, train_step(run)
+            previous, norm = norm, Late(train_step(run))
             _check_finite(run, previous)
             run.saver.check()
             run.global_step += 1
@@ -238,7 +238,7 @@ def _loop(run: Run) -> dict[str, Any] | None:
             if run.is_logged(run.global_step):
                 _check_finite(run, norm)
                 with part("log"):
-                    progress.update(run.global_step, log_row(run, norm))
+                    progress.update(run.global_step, log_row(run, float(norm)))
             step_done()
             if _must_stop(run):
                 _check_finite(run, norm)
@@ -256,9 +256,9 @@ def _loop(run: Run) -> dict[str, Any] | None:
     return metrics
 
 
-def _check_finite(run: Run, norm: Tensor | None) -> None:
+def _check_finite(run: Run, norm: Late | None) -> None:
     """Every rank sees the same norm, so all stop together."""
-    if norm is None or math.isfinite(norm):
+    if norm is None or math.isfinite(float(norm)):
         return
     raise NonFiniteLoss(
         f"the loss or its gradient is not finite near step {run.global_step + 1}; the step was not "

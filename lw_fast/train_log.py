@@ -40,7 +40,7 @@ def counts_row(counts: StepCounts, lms: Sequence[str]) -> Tensor:
     return torch.tensor([counts.examples, counts.spans, *rows, *examples])
 
 
-def log_row(run: Run, norm: Tensor) -> dict[str, Any]:
+def log_row(run: Run, norm: float) -> dict[str, Any]:
     """One row for log.jsonl and TensorBoard, from what was summed since the last one."""
     examples, spans, *per_lm = run.sums.pop("counts").tolist()
     num_lms = len(run.model.lms)
@@ -53,7 +53,7 @@ def log_row(run: Run, norm: Tensor) -> dict[str, Any]:
         "step": run.global_step,
         "epoch": run.global_step / run.order.steps_per_epoch,
         "loss": sums["loss"] / steps,
-        "grad_norm": float(norm),
+        "grad_norm": norm,
         "lr_factor": lr_factor(run.global_step - 1, run.total_steps, run.config.optim),
     }
     row |= {f"grad_norm/{part}": float(value) for part, value in run.engine.part_norms.items()}

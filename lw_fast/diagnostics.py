@@ -12,7 +12,7 @@ from lw_fast.adapter import rms
 from lw_fast.data import Example
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel
-from lw_fast.prompts import Latents, decode_frame, make_prompts
+from lw_fast.prompts import KINDS, Latents, decode_frame, make_prompts
 
 COLLAPSE_ALARM = 0.95
 """Mean pairwise cosine of Z above which the latents say nothing about their source."""
@@ -45,6 +45,26 @@ def _pairwise_cosine(z_NMZ: Tensor) -> dict[str, Any]:
         return {}
     cosine = float(((flat @ flat.T).sum() - num) / (num * (num - 1)))
     return {"z_cosine": cosine, "z_collapsed": cosine > COLLAPSE_ALARM}
+
+
+def alarms(metrics: Mapping[str, Any]) -> list[str]:
+    """One line per sign of collapse in the metrics of an evaluation (`z_collapsed` and
+    `answers_collapsed` there)."""
+    lines = []
+    diagnostics = metrics["diagnostics"]
+    if diagnostics.get("z_collapsed"):
+        lines.append(
+            f"the latents of different questions are alike: mean cosine "
+            f"{diagnostics['z_cosine']:.3f} > {COLLAPSE_ALARM}"
+        )
+    for prefix, table in (("", metrics), ("seed_", metrics.get("seed", {}))):
+        lines += [
+            f"{prefix}{kind} {lm}: one answer to {scores['most_frequent_share']:.0%} of the questions"
+            for kind in KINDS
+            for lm, scores in table.get(kind, {}).items()
+            if scores["answers_collapsed"]
+        ]
+    return lines
 
 
 def peeks(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +30,7 @@ from lw_fast.chat import chat_ids
 from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
-from lw_fast.diagnostics import diagnose, peeks
+from lw_fast.diagnostics import alarms, diagnose, peeks
 from lw_fast.engine import World
 from lw_fast.errors import UserError
 from lw_fast.eval_files import write_evaluation
@@ -47,6 +48,7 @@ from lw_fast.prompts import (
 )
 from lw_fast.scoring import (
     agreement,
+    answers_collapsed,
     clean_prediction,
     most_frequent,
     oracle,
@@ -55,6 +57,8 @@ from lw_fast.scoring import (
 )
 from lw_fast.sequence import Frame, tokenize_answers
 from lw_fast.text_tuned import TunedPrompt, tuned_prompts
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("clean", "seed")
 
@@ -128,6 +132,8 @@ def evaluate(
         for protocol, by_kind in results.items()
     }
     if world is None or world.is_main:
+        for alarm in alarms(metrics):
+            logger.warning("alarm: %s", alarm)
         write_evaluation(out_dir, model.config, metrics, examples, latents.span_text, predictions)
     return metrics
 
@@ -359,6 +365,7 @@ def _kind_metrics(result: Result, examples: Sequence[Example]) -> dict[str, floa
         "first_token_top5": float(scores.first_top5.mean()),
         "unique_predictions": unique_count(result.predictions),
         "most_frequent_share": most_frequent(result.predictions).share,
+        "answers_collapsed": answers_collapsed(result.predictions, golds_of(examples)),
         "prompt_tokens": result.prompt_tokens,
         "wall_clock_sec": result.seconds,
     }

@@ -8,7 +8,7 @@ In a preset:
     [[guardrails.rules]]            # in this order, each once, one at a time
     name = "no BOS behind the anchor"
     metric = "first_token_top1"     # of the latent prompts, mean over the LMs
-    below = 0.10                    # fires below this value, or
+    below = 0.10                    # fires below this value, and (give one or both)
     flat = 0.01                     # where it gained less than this in `after` epochs
     after = 1                       # epochs to wait for
     change = { train_append_bos_after_prefix = "no" }
@@ -63,14 +63,19 @@ class Rule:
 
     def why(self, history: Sequence[Scores]) -> str:
         """The reason to fire after these epochs; empty if there is none."""
-        now = history[-1][self.metric]
-        if self.below is not None and len(history) >= self.after and now < self.below:
-            return f"{self.metric} {now:.3f} < {self.below:g} after epoch {len(history)}"
-        if self.flat is not None and len(history) > self.after:
+        now, reasons = history[-1][self.metric], []
+        if self.below is not None:
+            if len(history) < self.after or now >= self.below:
+                return ""
+            reasons.append(f"{self.metric} {now:.3f} < {self.below:g} after epoch {len(history)}")
+        if self.flat is not None:
+            if len(history) <= self.after:
+                return ""
             gain = now - history[-1 - self.after][self.metric]
-            if gain < self.flat:
-                return f"{self.metric} gained {gain:+.3f} < {self.flat:g} in {self.after} epoch(s)"
-        return ""
+            if gain >= self.flat:
+                return ""
+            reasons.append(f"{self.metric} gained {gain:+.3f} < {self.flat:g} in {self.after} epoch(s)")
+        return ", ".join(reasons)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +117,8 @@ def read_guardrails(table: Mapping[str, Any]) -> Guardrails:
     rules = tuple(_build(Rule, row) for row in table.pop("rules", []))
     expectations = tuple(_build(Expectation, row) for row in table.pop("expectations", []))
     for rule in rules:
-        if (rule.below is None) == (rule.flat is None):
-            raise UserError(f"guardrail {rule.name!r} needs one of below and flat")
+        if rule.below is None and rule.flat is None:
+            raise UserError(f"guardrail {rule.name!r} needs below, flat or both")
         if not isinstance(rule.change, Mapping) or not rule.change:
             raise UserError(f"guardrail {rule.name!r}: change must be a table of settings")
         if unknown := sorted(rule.change.keys() - LIVE):

@@ -113,6 +113,12 @@ def unique_count(predictions: Iterable[str]) -> int:
     return len(set(map(normalize, predictions)))
 
 
+ANSWER_ALARM = 0.2
+"""Share of questions with one and the same wrong answer above which the answers say nothing."""
+ALARM_COUNT = 5
+"""Fewer equal answers than that may be chance, however few the questions."""
+
+
 class MostFrequent(NamedTuple):
     """The prediction given most often (in normal form), and its share of all, in [0, 1]."""
 
@@ -121,9 +127,17 @@ class MostFrequent(NamedTuple):
 
 
 def most_frequent(predictions: Sequence[str]) -> MostFrequent:
-    """The commonest prediction; a large share is the "the the the" alarm. Needs one at least."""
+    """The commonest prediction. Needs one at least."""
     (text, count), *_ = Counter(map(normalize, predictions)).most_common(1)
     return MostFrequent(text, count / len(predictions))
+
+
+def answers_collapsed(predictions: Sequence[str], golds: Sequence[Golds]) -> bool:
+    """The "the the the" alarm. Only wrong answers count: half of SQuAD v2 is rightly empty."""
+    pairs = zip(predictions, golds, strict=True)
+    wrong = Counter(normalize(p) for p, accepted in pairs if not exact_match(p, accepted))
+    count = max(wrong.values(), default=0)
+    return count >= ALARM_COUNT and count > ANSWER_ALARM * len(predictions)
 
 
 def agreement(first: Sequence[str], second: Sequence[str]) -> float:

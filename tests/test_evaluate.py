@@ -18,7 +18,8 @@ from lw_fast.sequence import make_frame
 NUM = 10
 KIND_KEYS = {
     "em", "f1", "em_single", "f1_single", "nll_token", "first_token_top1", "first_token_top5",
-    "unique_predictions", "most_frequent_share", "prompt_tokens", "wall_clock_sec",
+    "unique_predictions", "most_frequent_share", "answers_collapsed", "prompt_tokens",
+    "wall_clock_sec",
 }  # fmt: skip
 ALL_KINDS = ",".join(KINDS)
 
@@ -309,6 +310,27 @@ def test_collapse_alarm(tmp_path):
     torch.nn.init.ones_(model.bridge.encoder.head.out[1].bias)
     found = evaluate(model, tiny.examples(NUM), tmp_path / "dead")["diagnostics"]
     assert found["z_collapsed"] and found["z_cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_alarms_are_flags_and_warnings(tmp_path, monkeypatch, caplog):
+    """The same wrong answer everywhere, in every kind and protocol, and latents that are alike."""
+    from lw_fast import evaluate as module
+
+    model = tiny.latent_model(kinds="text,latent", protocol="clean,seed")
+    evaluate(model, tiny.examples(NUM), tmp_path / "fresh")
+    assert "alarm" not in caplog.text
+    torch.nn.init.zeros_(model.bridge.encoder.head.out[1].weight)
+    torch.nn.init.ones_(model.bridge.encoder.head.out[1].bias)
+    the = lambda lm, prompts, *rest: ["the the"] * len(prompts.lengths)  # noqa: E731
+    monkeypatch.setattr(module, "generate", the)
+    metrics = evaluate(model, tiny.examples(NUM), tmp_path / "dead")
+    for table in (metrics, metrics["seed"]):
+        for kind in ("text", "latent"):
+            assert all(scores["answers_collapsed"] for scores in table[kind].values())
+    lines = [record.getMessage() for record in caplog.records if "alarm" in record.getMessage()]
+    assert len(lines) == 1 + 2 * 2 * 2
+    assert "latents of different questions are alike" in lines[0]
+    assert "alarm: seed_latent qwen: one answer to 100% of the questions" in lines
 
 
 def test_table_rows():

@@ -9,7 +9,7 @@ import tiny
 
 from lw_fast import cli
 from lw_fast.batches import AnswerTable
-from lw_fast.config import build_config, load_guardrails, preset_names, to_dict
+from lw_fast.config import build_config, load_guardrails, preset_names, to_dict, to_flat
 from lw_fast.engine import World
 from lw_fast.errors import UserError
 from lw_fast.guardrails import LIVE, METRICS, Guard, read_guardrails
@@ -83,6 +83,62 @@ def test_flat_compares_with_the_epochs_before():
     assert texts[-1] == "go on"
 
 
+@pytest.mark.parametrize(
+    ("values", "fires"),
+    [([0.05, 0.05], True), ([0.05, 0.09], False), ([0.2, 0.2], False), ([0.05], False)],
+)
+def test_below_and_flat_must_both_hold(values, fires):
+    rule = FIRST | {"flat": 0.01}
+    texts, _ = play({"rules": [rule]}, [scores(value) for value in values])
+    assert (texts[-1] == "try: first token") is fires
+
+
+def stage(letter: str, epochs: list[dict]) -> list[dict]:
+    """What the rules of a shipped stage change, epoch by epoch."""
+    name = f"seed_stage_{letter}"
+    guard, settings = Guard(read_guardrails(load_guardrails(name))), to_flat(build_config(name))
+    states = []
+    for epoch in epochs:
+        change = dict(guard.decide(epoch, settings).change)
+        settings |= change
+        states.append(change)
+    return states
+
+
+def test_stage_a_follows_the_experiments_plan():
+    """BOS goes after epoch 1; still flat two epochs later it is back and the first token weighs
+    1.0; then that goes back too."""
+    no_bos = {"train_append_bos_after_prefix": "no", "append_bos_after_prefix": "no"}
+    bos = dict.fromkeys(no_bos, "yes")
+    weight = {"first_token_ce_weight": 1.0}
+    flat = stage("a", [scores(0.05)] * 6)
+    assert flat == [no_bos, {}, bos | weight, {}, {"first_token_ce_weight": 0.5}, {}]
+    assert stage("a", [scores(0.1)] * 3) == [{}, {}, {}]
+    helped = stage("a", [scores(0.05), scores(0.08), scores(0.08), scores(0.08)])
+    assert helped == [no_bos, {}, weight, {}]  # no BOS is kept
+    by_f1 = stage("a", [scores(0.05), scores(0.05, f1=0.02), scores(0.12)])
+    assert by_f1 == [no_bos, {}, {}]
+
+
+def test_stage_b_samples_the_first_token_and_then_sweeps_the_gain():
+    nucleus = {"first_token_top_p": 0.9, "first_token_temperature": 0.7}
+    greedy = {"first_token_top_p": 1.0, "first_token_temperature": 0.0}
+    flat = stage("b", [scores(0.05)] * 9)
+    assert flat[:5] == [{}, {}, nucleus, {}, greedy | {"prefix_gain": 1.1}]
+    gains = [change["prefix_gain"] for change in flat if "prefix_gain" in change]
+    assert gains == [1.1, 1.2, 1.25, 1.15]
+    assert stage("b", [scores(0.05), scores(0.08), scores(0.11)]) == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("letter", ["a", "b"])
+def test_the_stages_expect_a_first_token_and_a_rising_f1(letter):
+    guardrails = read_guardrails(load_guardrails(f"seed_stage_{letter}"))
+    met = {e.name: e.met([scores(0.16, 0.1), scores(0.2, 0.2)]) for e in guardrails.expectations}
+    assert list(met.values()) == [True, False, True]
+    met = [e.met([scores(0.31, 0.2), scores(0.2, 0.1)]) for e in guardrails.expectations]
+    assert met == [True, True, False]
+
+
 def test_after_and_stop_after():
     texts, _ = play({"rules": [BOS | {"after": 2}], "stop_after": 3}, [scores(0.0)] * 3)
     assert texts == ["go on", "try: no BOS", "stop"]
@@ -104,8 +160,7 @@ def test_expectations():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"rules": [{"name": "x", "change": {"prefix_gain": 1.1}}]}, "needs one of below and flat"),
-        ({"rules": [BOS | {"flat": 0.1}]}, "needs one of below and flat"),
+        ({"rules": [{"name": "x", "change": {"prefix_gain": 1.1}}]}, "needs below, flat or both"),
         ({"rules": [BOS | {"change": {"latent_len": 8}}]}, "latent_len cannot change during a run"),
         ({"rules": [BOS | {"change": {"prefix_gian": 8}}]}, "prefix_gian is no setting"),
         ({"rules": [BOS | {"change": 3}]}, "change must be a table"),

@@ -11,6 +11,7 @@ import pytest
 from lw_fast.scoring import (
     Scores,
     agreement,
+    answers_collapsed,
     bootstrap_interval,
     clean_prediction,
     exact_match,
@@ -111,6 +112,23 @@ def test_collapse_is_visible():
     assert unique_count(predictions) == 2
     assert most_frequent(predictions) == ("", 0.75)
     assert most_frequent(["Denver"]).text == "denver"
+
+
+@pytest.mark.parametrize(
+    ("predictions", "golds", "alarm"),
+    [
+        (["the"] * 5, ["Rome"] * 5, True),
+        (["the"] * 4, ["Rome"] * 4, False),  # too few to say
+        (["the"] * 6 + ["Oslo"] * 24, ["Oslo"] * 30, False),  # a fifth, and no more
+        (["The!"] * 7 + ["Oslo"] * 23, ["Oslo"] * 30, True),
+        ([""] * 10, [()] * 8 + [("Rome",)] * 2, False),  # rightly empty
+        ([""] * 10, [()] * 5 + [("Rome",)] * 5, True),
+        ([f"city {i}" for i in range(10)], ["Rome"] * 10, False),
+    ],
+)
+def test_the_alarm_is_about_one_wrong_answer(predictions, golds, alarm):
+    golds = [(gold,) if isinstance(gold, str) else gold for gold in golds]
+    assert answers_collapsed(predictions, golds) is alarm
 
 
 def test_agreement_and_oracle():

@@ -13,6 +13,7 @@ from lw_fast.data import Example
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel
 from lw_fast.prompts import KINDS, Latents, decode_frame, make_prompts
+from lw_fast.scoring import ANSWER_ALARM
 
 COLLAPSE_ALARM = 0.95
 """Mean pairwise cosine of Z above which the latents say nothing about their source."""
@@ -59,7 +60,7 @@ def alarms(metrics: Mapping[str, Any]) -> list[str]:
         )
     for prefix, table in (("", metrics), ("seed_", metrics.get("seed", {}))):
         lines += [
-            f"{prefix}{kind} {lm}: one answer to {scores['most_frequent_share']:.0%} of the questions"
+            f"{prefix}{kind} {lm}: one wrong answer to more than {ANSWER_ALARM:.0%} of questions"
             for kind in KINDS
             for lm, scores in table.get(kind, {}).items()
             if scores["answers_collapsed"]

@@ -71,10 +71,10 @@ class Rule:
         if self.flat is not None:
             if len(history) <= self.after:
                 return ""
-            gain = now - history[-1 - self.after][self.metric]
+            gain, epochs = now - history[-1 - self.after][self.metric], f"{self.after} epoch(s)"
             if gain >= self.flat:
                 return ""
-            reasons.append(f"{self.metric} gained {gain:+.3f} < {self.flat:g} in {self.after} epoch(s)")
+            reasons.append(f"{self.metric} gained {gain:+.3f} < {self.flat:g} in {epochs}")
         return ", ".join(reasons)
 
 

@@ -330,7 +330,7 @@ def test_alarms_are_flags_and_warnings(tmp_path, monkeypatch, caplog):
     lines = [record.getMessage() for record in caplog.records if "alarm" in record.getMessage()]
     assert len(lines) == 1 + 2 * 2 * 2
     assert "latents of different questions are alike" in lines[0]
-    assert "alarm: seed_latent qwen: one answer to 100% of the questions" in lines
+    assert "alarm: seed_latent qwen: one wrong answer to more than 20% of questions" in lines
 
 
 def test_table_rows():

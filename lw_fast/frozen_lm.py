@@ -1,8 +1,9 @@
 """Loads Hugging Face causal LMs, frozen; the only importer of transformers (besides nano.py).
 
 A source is a hub name, a local folder, a .gguf file, `nano:llama` / `nano:qwen` (shipped with the
-package) or `random:NAME[@TOKENIZER]` (random weights of a known shape, for speed and memory work
-without downloads; TOKENIZER is a folder or .gguf file, by default the shipped nano one).
+package) or `random:NAME[@TOKENIZER]` (random weights of a known shape, the same in every process,
+for speed and memory work without downloads; TOKENIZER is a folder or .gguf file, by default the
+shipped nano one).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -499,10 +501,20 @@ def _random(spec: str, options: dict, device: torch.device) -> tuple[nn.Module, 
     from transformers import AutoModelForCausalLM
 
     config, tokenizer = _random_shape(spec)
-    if "quantization_config" in options:
-        return quantised.random_lm(config, options, device), tokenizer
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, **options), tokenizer
+    with _draws_of(spec.partition("@")[0], device):
+        if "quantization_config" in options:
+            return quantised.random_lm(config, options, device), tokenizer
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, **options), tokenizer
+
+
+@contextmanager
+def _draws_of(shape_name: str, device: torch.device) -> Iterator[None]:
+    """Inside, random numbers are those of a shape: the same weights in every process. Outside,
+    the stream of the run goes on as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(zlib.crc32(shape_name.encode()))
+        yield
 
 
 def _random_shape(spec: str) -> tuple[Any, Any]:

@@ -243,6 +243,25 @@ def test_random_lms_take_another_tokenizer(small_shapes, lm_dirs):
     assert lm.tokenizer("Ada").input_ids != load("random:llama-3.1-8b").tokenizer("Ada").input_ids
 
 
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_random_weights_are_the_same_everywhere(small_shapes, kind):
+    """Whatever was drawn before; and what is drawn next does not notice."""
+    if kind == "int8":
+        pytest.importorskip("bitsandbytes")
+    states, nexts = [], []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        lm = load("random:llama-3.1-8b", backbone_dtype=kind)
+        states.append(lm.model.state_dict())
+        nexts.append(torch.rand(()))
+    assert all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+    torch.manual_seed(1)
+    assert nexts[0] == nexts[1] == torch.rand(()) != nexts[2]
+    other = load("random:smollm2-135m", backbone_dtype=kind).model.state_dict()
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(other[name], states[0][name])
+
+
 def test_unknown_random_lms():
     assert "random:gpt-9 is unknown; there are llama-3.1-8b" in refusal("random:gpt-9")
 

@@ -86,6 +86,12 @@ def changed_kinds(a, b) -> set[str]:
         ({"append_bos_after_prefix": "no"}, set()),
         ({"append_bos_after_prefix": "auto"}, set()),
         ({"prefix_gain": 1.5}, set(LATENT_KINDS)),
+        ({"calibration": "embed_rms"}, set(LATENT_KINDS)),
+        ({"calibration": "fixed"}, set(LATENT_KINDS)),
+        ({"calibration": "none"}, set(LATENT_KINDS)),
+        ({"prefix_target_rms": 0.5}, set()),
+        ({"warm_anchor_text": "A:"}, set(KINDS)),
+        ({"min_new_tokens": 1, "eos_ban_steps": 2}, set()),
         ({"first_token_temperature": 3.0, "first_token_top_p": 0.9}, set(LATENT_KINDS)),
         ({"first_token_top_p": 1.0}, set()),
         ({"text_format": "chat"}, set(KINDS) - set(LATENT_KINDS)),
@@ -97,6 +103,17 @@ def changed_kinds(a, b) -> set[str]:
 )
 def test_a_knob_changes_its_kinds_only(tmp_path, plain, changes, expected):
     assert changed_kinds(plain, scores(tmp_path, **changes)) == expected
+
+
+def test_shorter_answers_are_the_beginnings_of_longer_ones(tmp_path, plain):
+    """max_new_tokens changes answers alone."""
+    turned = scores(tmp_path, max_new_tokens=1)
+    for kind in KINDS:
+        for lm in NAMES:
+            (short, *rest), (long, *expected) = turned[kind][lm], plain[kind][lm]
+            assert rest == expected
+            assert all(b.startswith(a) for a, b in zip(short, long, strict=True))
+    assert turned != plain
 
 
 def test_bos_behind_the_anchor_is_for_tokenizers_that_have_one(tmp_path, plain):

@@ -1,7 +1,8 @@
-"""A checkpoint from a stranger: whatever command line opens it, its pickles do not run."""
+"""A checkpoint or a model from a stranger: its pickles and its code do not run."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -13,6 +14,9 @@ from test_checkpoint import Payload, reseal
 from test_train import ONE
 
 from lw_fast import cli
+from lw_fast.config import BackboneConfig
+from lw_fast.errors import UserError
+from lw_fast.frozen_lm import load_frozen_lm
 from lw_fast.train import train
 
 LMS = ("llama", "qwen")
@@ -63,3 +67,29 @@ def test_a_malicious_checkpoint_does_not_run(trained, tmp_path, capsys, command,
     assert f"{name} is refused" in said or f"{name} cannot be read" in said
     assert not target.exists()
     assert is_live(run_dir / "epoch1" / name, target, raw=raw)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_a_model_runs_only_if_trusted(tmp_path, lm_dirs, monkeypatch, trust):
+    """A model folder that names its own Python code."""
+    folder, target = Path(shutil.copytree(lm_dirs["qwen"], tmp_path / "lm")), tmp_path / "owned"
+    settings = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnLM"}
+    settings |= {"model_type": "own_model", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own_code.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        f"Path({str(target)!r}).touch()\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own_model'\n"
+        "class OwnLM(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    config = BackboneConfig(trust_remote_code=trust)
+    if trust:
+        lm = load_frozen_lm("qwen", str(folder), config, tiny.CPU)
+        assert type(lm.model).__name__ == "OwnLM"
+    else:
+        with pytest.raises(UserError, match="lm.qwen: "):
+            load_frozen_lm("qwen", str(folder), config, tiny.CPU)
+    assert target.exists() is trust

@@ -1,4 +1,4 @@
-"""Greedy decoding with a KV cache from input embeddings, batched and left-padded.
+"""Greedy decoding behind prompts that were read, batched.
 
 Decode hardening follows the original: stop tokens may be banned for the first steps, and only the
 first token may be sampled.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lw_fast.frozen_lm import FrozenLM
+from lw_fast.prompt_cache import PromptCache
 
 STOP_CHECK_EVERY = 4
 """Steps between looks at whether every row has ended (each look waits for the device)."""
@@ -33,21 +33,12 @@ class DecodeRules:
     """Temperature of the first token; 0: the likeliest."""
     seed: int = 0
     """Of the first tokens, where they are sampled."""
+    first_line: bool = False
+    """Only the first line with text in it matters: what follows may be missing."""
 
     def draws(self, num: int) -> np.ndarray:
         """One number in [0, 1) per prompt, whatever batch it will be in."""
         return np.random.default_rng(self.seed).random(num)
-
-
-def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Prompts [S_i, D] -> [B, S, D] and mask [B, S] (1 = real), None where all are equally long."""
-    lengths = [len(prompt) for prompt in prompts]
-    if len(set(lengths)) == 1:
-        return torch.stack(list(prompts)), None
-    embeds_BSD = pad_sequence(list(prompts), batch_first=True, padding_side="left")
-    position_S = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device)
-    length_B1 = torch.tensor(lengths, device=embeds_BSD.device)[:, None]
-    return embeds_BSD, (position_S >= embeds_BSD.shape[1] - length_B1).long()
 
 
 def sample_nucleus(
@@ -67,32 +58,19 @@ def sample_nucleus(
 
 @torch.no_grad()
 def greedy(
-    lm: FrozenLM,
-    prompts: Sequence[Tensor],
-    rules: DecodeRules,
-    draws_B: np.ndarray | None = None,
+    prompts: PromptCache, rules: DecodeRules, draws_B: np.ndarray | None = None
 ) -> list[list[int]]:
-    """Continues every prompt [S_i, D]; returns token ids up to, not including, a stop token.
+    """Continues every prompt; returns token ids up to, not including, a stop token.
 
     `draws_B`, one of `rules.draws` per prompt, is needed where the first token is sampled.
     """
-    from transformers import DynamicCache
-
-    embeds_BSD, mask_BS = left_pad(prompts)
+    lm, hidden_BD = prompts.lm, prompts.hidden_BD
     stop_ids = torch.tensor(sorted(lm.stop_ids), device=lm.device)
-    cache = DynamicCache(config=lm.model.config)
-    position_BS = None if mask_BS is None else (mask_BS.cumsum(1) - 1).clamp_min(0)
-    ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=lm.device)
     chosen: list[Tensor] = []
     for step in range(rules.max_new_tokens):
-        output = lm.backbone(
-            inputs_embeds=embeds_BSD,
-            attention_mask=mask_BS,
-            position_ids=position_BS,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits_BV = lm.logits(output.last_hidden_state[:, -1])
+        if step:
+            hidden_BD = prompts.read(chosen[-1][:, None])[:, -1]
+        logits_BV = lm.logits(hidden_BD)
         if step < rules.ban_stop_steps:
             logits_BV[:, stop_ids] = -torch.inf
         if step == 0 and rules.first_temperature > 0:
@@ -100,14 +78,22 @@ def greedy(
         else:
             token_B = logits_BV.argmax(-1)
         chosen.append(token_B)
-        ended_B = ended_B | torch.isin(token_B, stop_ids)
-        if step % STOP_CHECK_EVERY == STOP_CHECK_EVERY - 1 and lm.everywhere(ended_B.all()):
+        if len(chosen) % STOP_CHECK_EVERY == 0 and lm.everywhere(_have_ended(lm, chosen, rules)):
             break
-        embeds_BSD = lm.embed(token_B[:, None])
-        if mask_BS is not None:
-            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(prompts), 1)], dim=1)
-            position_BS = position_BS[:, -1:] + 1
-    return [_until_stop(row, lm.stop_ids) for row in torch.stack(chosen, dim=1).tolist()]
+    return _rows(lm, chosen)
+
+
+def _rows(lm: FrozenLM, chosen: Sequence[Tensor]) -> list[list[int]]:
+    return [_until_stop(row, lm.stop_ids) for row in torch.stack(list(chosen), dim=1).tolist()]
+
+
+def _have_ended(lm: FrozenLM, chosen: Sequence[Tensor], rules: DecodeRules) -> bool:
+    """Whether every row has: with a stop token or, if that will do, with its first line."""
+    going_on = [row for row in _rows(lm, chosen) if len(row) == len(chosen)]
+    if not rules.first_line:
+        return not going_on
+    texts = lm.tokenizer.batch_decode(going_on, skip_special_tokens=True)
+    return all("\n" in text.lstrip() for text in texts)
 
 
 def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:

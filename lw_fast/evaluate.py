@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lw_fast import kept_latents
 from lw_fast.batches import to_device
@@ -34,9 +33,10 @@ from lw_fast.diagnostics import alarms, diagnose, peeks
 from lw_fast.engine import World
 from lw_fast.errors import UserError
 from lw_fast.eval_files import write_evaluation
-from lw_fast.forcing import forced_rows
+from lw_fast.forcing import forced_rows_behind
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel
+from lw_fast.prompt_cache import PromptCache
 from lw_fast.prompts import (
     KINDS,
     LATENT_KINDS,
@@ -256,11 +256,13 @@ def run_kind(
         token_budget_k=config.eval.token_budget_k or config.encoder.latent_len,
         token_budget_mode=config.eval.token_budget_mode,
     )  # fmt: skip
-    golds = [example.answers[0] if example.answers else "" for example in examples]
     rules = decode_rules(config, kind, protocol)
-    predictions = generate(lm, prompts, rules, config.eval.chunk_size)
+    scorers = []
     if scores is None:
-        scores = score_answers(lm, frame, prompts, golds, model, count_eos=False)
+        golds = [example.answers[0] if example.answers else "" for example in examples]
+        scorers = [Scorer(lm, frame, golds, config, count_eos=False)]
+        scores = scorers[0].scores
+    predictions = generate(lm, prompts, rules, config.eval.chunk_size, scorers)
     return Result(
         predictions=predictions,
         scores=scores,
@@ -273,75 +275,76 @@ def decode_rules(config: Config, kind: str, protocol: str) -> DecodeRules:
     """How tokens of one kind are picked: only behind latents may the first one be sampled."""
     choices = config.eval
     ban = max(choices.min_new_tokens, choices.eos_ban_steps) if protocol == "seed" else 0
+    rules = DecodeRules(choices.max_new_tokens, ban, first_line=True)
     if kind not in LATENT_KINDS:
-        return DecodeRules(choices.max_new_tokens, ban)
-    return DecodeRules(
-        choices.max_new_tokens,
-        ban,
+        return rules
+    return dataclasses.replace(
+        rules,
         first_top_p=choices.first_token_top_p,
         first_temperature=choices.first_token_temperature,
         seed=config.data.eval_seed,
     )
 
 
-def generate(lm: FrozenLM, prompts: Prompts, rules: DecodeRules, chunk_size: int) -> list[str]:
-    """Answers, cleaned. Prompts of like length share a batch, so little is padded."""
+def generate(
+    lm: FrozenLM,
+    prompts: Prompts,
+    rules: DecodeRules,
+    chunk_size: int,
+    scorers: Sequence[Scorer] = (),
+) -> list[str]:
+    """Answers, cleaned; on the way scorers score theirs."""
     answers = [""] * len(prompts.lengths)
     draws_N = rules.draws(len(answers))
-    order = np.argsort(prompts.lengths, kind="stable")
-    for index in np.array_split(order, max(1, -(-len(order) // chunk_size))):
-        rows = greedy(lm, prompts.embeds(index), rules, draws_N[index])
+    for index, read in read_prompts(lm, prompts, chunk_size):
+        for scorer in scorers:
+            scorer.score(index, read)
+        rows = greedy(read, rules, draws_N[index])
         texts = lm.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for i, text in zip(index, texts, strict=True):
             answers[i] = clean_prediction(text)
     return answers
 
 
-@torch.no_grad()
-def score_answers(
-    lm: FrozenLM,
-    frame: Frame,
-    prompts: Prompts,
-    answers: Sequence[str],
-    model: LatentModel,
-    *,
-    count_eos: bool,
-) -> GoldScores:
-    """Teacher-forced log-likelihood of one answer per prompt."""
-    config = model.config
-    ids, complete = tokenize_answers(
-        lm.tokenizer,
-        frame.anchor_text,
-        answers,
-        config.data.max_answer_tokens,
-        chat=frame.chat,
-    )
-    complete = complete & count_eos
-    out = GoldScores(*(np.zeros(len(answers)) for _ in range(4)))
+def read_prompts(
+    lm: FrozenLM, prompts: Prompts, chunk_size: int
+) -> Iterator[tuple[np.ndarray, PromptCache]]:
+    """All prompts, read once: indices and cache of a chunk. Prompts of like length share one, so
+    little is padded."""
     order = np.argsort(prompts.lengths, kind="stable")
-    for index in np.array_split(order, max(1, -(-len(order) // config.eval.chunk_size))):
-        _score_chunk(
-            lm, frame, prompts.embeds(index), [ids[i] for i in index], complete[index], index, out
+    for index in np.array_split(order, max(1, -(-len(order) // chunk_size))):
+        yield index, PromptCache(lm, prompts.embeds(index))
+
+
+class Scorer:
+    """Teacher-forced log-likelihood of one answer per prompt, chunk by chunk."""
+
+    def __init__(
+        self, lm: FrozenLM, frame: Frame, answers: Sequence[str], config: Config, *, count_eos: bool
+    ) -> None:
+        self.ids, complete_N = tokenize_answers(
+            lm.tokenizer,
+            frame.anchor_text,
+            answers,
+            config.data.max_answer_tokens,
+            chat=frame.chat,
         )
-    return out
+        self.complete_N, self.eos = complete_N & count_eos, frame.eos
+        self.scores = GoldScores(*(np.zeros(len(answers)) for _ in range(4)))
 
-
-def _score_chunk(
-    lm: FrozenLM,
-    frame: Frame,
-    prompts: Sequence[Tensor],
-    ids: Sequence[Sequence[int]],
-    complete_B: np.ndarray,
-    index: np.ndarray,
-    out: GoldScores,
-) -> None:
-    hidden_ND, rows = forced_rows(lm, prompts, ids, complete_B, frame.eos)
-    scores = lm.score(hidden_ND, to_device(rows.target, lm.device))
-    np.add.at(out.nll, index[rows.example], scores.nll.cpu().numpy())
-    np.add.at(out.tokens, index[rows.example], 1)
-    first = index[rows.example[rows.first]]
-    out.first_top1[first] = scores.top1.cpu().numpy()[rows.first]
-    out.first_top5[first] = scores.top5.cpu().numpy()[rows.first]
+    @torch.no_grad()
+    def score(self, index: np.ndarray, prompts: PromptCache) -> None:
+        """Fills in the scores of one chunk; its prompts can still be continued."""
+        lm, out = prompts.lm, self.scores
+        hidden_ND, rows = forced_rows_behind(
+            prompts.fork(), [self.ids[i] for i in index], self.complete_N[index], self.eos
+        )
+        scores = lm.score(hidden_ND, to_device(rows.target, lm.device))
+        np.add.at(out.nll, index[rows.example], scores.nll.cpu().numpy())
+        np.add.at(out.tokens, index[rows.example], 1)
+        first = index[rows.example[rows.first]]
+        out.first_top1[first] = scores.top1.cpu().numpy()[rows.first]
+        out.first_top5[first] = scores.top5.cpu().numpy()[rows.first]
 
 
 def _chunks(num: int, size: int) -> list[np.ndarray]:
@@ -454,17 +457,16 @@ def _joint(
     per_lm: dict[str, np.ndarray] = {}
     for name, lm in model.lms_here.items():
         frame = decode_frame("latent", lm.tokenizer, model.config)
+        scorers = [Scorer(lm, frame, a, model.config, count_eos=True) for a in candidates]
         with model.using(lm):
             prompts = make_prompts(
                 "latent", lm, frame, examples, latents, model.bridge,
                 gain=model.config.adapter.prefix_gain, token_budget_k=0,
             )  # fmt: skip
-            per_lm[name] = np.stack(
-                [
-                    score_answers(lm, frame, prompts, answers, model, count_eos=True).nll
-                    for answers in candidates
-                ]
-            )
+            for index, read in read_prompts(lm, prompts, model.config.eval.chunk_size):
+                for scorer in scorers:
+                    scorer.score(index, read)
+        per_lm[name] = np.stack([scorer.scores.nll for scorer in scorers])
     pick = sum(gather(per_lm).values()).argmin(0)
     picked = [candidates[choice][i] for i, choice in enumerate(pick)]
     golds = golds_of(examples)

@@ -107,17 +107,20 @@ def text_prompts(
     ids = _text_ids(lm.tokenizer, texts, frame.chat, budget, budget_mode)
     framed = [[*frame.head, *tokens, *frame.anchor] for tokens in ids]
 
-    def embed(tokens: Sequence[int]) -> Tensor:
-        embeds_SD = lm.embed(torch.tensor(tokens, dtype=torch.int64, device=lm.device))
+    def embeds(index: Sequence[int]) -> list[Tensor]:
+        flat = [token for i in index for token in framed[i]]
+        embeds_RD = lm.embed(torch.tensor(flat, dtype=torch.int64, device=lm.device))
+        rows = embeds_RD.split([len(framed[i]) for i in index])
         if soft_MD is None:
-            return embeds_SD
-        bos = int(tokens[0] == lm.tokenizer.bos_token_id)
-        return torch.cat([embeds_SD[:bos], soft_MD.to(embeds_SD.dtype), embeds_SD[bos:]])
+            return list(rows)
+        bos = [int(framed[i][0] == lm.tokenizer.bos_token_id) for i in index]
+        soft = soft_MD.to(embeds_RD.dtype)
+        return [torch.cat([row[:n], soft, row[n:]]) for row, n in zip(rows, bos, strict=True)]
 
     num_soft = 0 if soft_MD is None else len(soft_MD)
     return Prompts(
         lengths=[num_soft + len(tokens) for tokens in framed],
-        embeds=lambda index: [embed(framed[i]) for i in index],
+        embeds=embeds,
     )
 
 
@@ -147,7 +150,8 @@ def _latent_prompts(
     def embeds(index: Sequence[int]) -> list[Tensor]:
         z_BMZ = latents.z_NMZ[[(i + shift) % num for i in index]]
         prefix_BMD = bridge.prefix(lm.name, z_BMZ, gain).to(lm.dtype)
-        return [torch.cat([head_HD, prefix_MD, anchor_AD]) for prefix_MD in prefix_BMD]
+        head_BHD, anchor_BAD = (x.expand(len(index), -1, -1) for x in (head_HD, anchor_AD))
+        return list(torch.cat([head_BHD, prefix_BMD, anchor_BAD], dim=1))
 
     length = len(frame.head) + latent_len + len(frame.anchor)
     return Prompts(lengths=[length] * num, embeds=embeds)

@@ -20,6 +20,7 @@ from lw_fast.errors import UserError
 from lw_fast.eval_files import CSV_HEADER
 from lw_fast.evaluate import evaluate
 from lw_fast.model import load_model, split_state
+from lw_fast.prompt_cache import PromptCache
 from lw_fast.prompts import KINDS, LATENT_KINDS, decode_frame
 from lw_fast.sequence import make_frame, tokenize_answers
 
@@ -225,13 +226,13 @@ def test_only_the_first_token_is_sampled_and_the_seed_fixes_it():
     generator = torch.Generator().manual_seed(0)
     prompts = [0.3 * torch.randn(5, lm.d_model, generator=generator) for _ in range(6)]
     rules = DecodeRules(6, first_temperature=5.0, seed=1)
-    sampled = greedy(lm, prompts, rules, rules.draws(6))
-    assert sampled == greedy(lm, prompts, rules, rules.draws(6))
+    sampled = greedy(PromptCache(lm, prompts), rules, rules.draws(6))
+    assert sampled == greedy(PromptCache(lm, prompts), rules, rules.draws(6))
     other = dataclasses.replace(rules, seed=2)
-    assert sampled != greedy(lm, prompts, other, other.draws(6))
+    assert sampled != greedy(PromptCache(lm, prompts), other, other.draws(6))
     for prompt, tokens in zip(prompts, sampled, strict=True):
         forced = torch.cat([prompt, lm.embed(torch.tensor(tokens[:1]))])
-        assert greedy(lm, [forced], DecodeRules(5)) == [tokens[1:]]
+        assert greedy(PromptCache(lm, [forced]), DecodeRules(5)) == [tokens[1:]]
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path):

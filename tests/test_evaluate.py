@@ -11,7 +11,7 @@ import torch
 
 from lw_fast.data import Example
 from lw_fast.errors import UserError
-from lw_fast.evaluate import encode, evaluate, run_kind, score_answers, table_rows
+from lw_fast.evaluate import Scorer, encode, evaluate, read_prompts, run_kind, table_rows
 from lw_fast.prompts import KINDS, make_prompts
 from lw_fast.sequence import make_frame
 
@@ -216,6 +216,13 @@ def test_nll_equals_a_loop_without_padding(kind):
             assert result.scores.first_top5[i] == (rank < 5)
 
 
+def scored(lm, frame, prompts, answers, model, count_eos):
+    scorer = Scorer(lm, frame, answers, model.config, count_eos=count_eos)
+    for index, read in read_prompts(lm, prompts, model.config.eval.chunk_size):
+        scorer.score(index, read)
+    return scorer.scores
+
+
 def test_eos_counts_only_where_asked():
     model, examples = tiny.latent_model(), tiny.examples(4)
     model.bridge.eval()
@@ -225,9 +232,7 @@ def test_eos_counts_only_where_asked():
         "text", lm, frame, examples, latents, model.bridge, gain=1.0, token_budget_k=6
     )
     golds = [example.answers[0] for example in examples]
-    without, with_eos = (
-        score_answers(lm, frame, prompts, golds, model, count_eos=flag) for flag in (False, True)
-    )
+    without, with_eos = (scored(lm, frame, prompts, golds, model, flag) for flag in (False, True))
     assert (with_eos.tokens == without.tokens + 1).all()
     assert (with_eos.nll > without.nll).all()
     assert with_eos.first_top1.tolist() == without.first_top1.tolist()
@@ -242,7 +247,7 @@ def test_the_seed_protocol_bans_stop_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module,
         "greedy",
-        lambda lm, p, rules, *rest: seen.append(rules) or greedy(lm, p, rules, *rest),
+        lambda p, rules, *rest: seen.append(rules) or greedy(p, rules, *rest),
     )
     run(tmp_path, kinds="latent", protocol="clean,seed", min_new_tokens=3, eos_ban_steps=5)
     assert {(r.max_new_tokens, r.ban_stop_steps) for r in seen} == {(3, 0), (3, 5)}
@@ -286,9 +291,7 @@ def test_joint_pick_has_the_best_summed_likelihood(tmp_path):
             prompts = make_prompts(
                 "latent", lm, frame, examples, latents, model.bridge, gain=1.0, token_budget_k=0
             )
-            total[candidate] += score_answers(
-                lm, frame, prompts, answers, model, count_eos=True
-            ).nll
+            total[candidate] += scored(lm, frame, prompts, answers, model, True).nll
     from lw_fast.scoring import score
 
     picked = [

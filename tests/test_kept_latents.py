@@ -164,9 +164,9 @@ def test_quantised_lms_cannot_move(dtype):
 
 
 def test_gold_answers_are_scored_once_for_all_protocols(tmp_path, monkeypatch):
-    calls, work = [], module.score_answers
+    calls, work = [], module.Scorer
     monkeypatch.setattr(
-        module, "score_answers", lambda *a, **k: calls.append(k["count_eos"]) or work(*a, **k)
+        module, "Scorer", lambda *a, **k: calls.append(k["count_eos"]) or work(*a, **k)
     )
     run(tmp_path, tiny.latent_model(kinds="text,latent", protocol="clean,seed"))
     assert calls.count(False) == 4  # two LMs, two kinds

@@ -94,6 +94,14 @@ def test_cleaning(text, answer):
     assert clean_prediction(text) == answer
 
 
+@pytest.mark.parametrize(
+    "line", ["a b\n", "\n \n a.\n", "<|im_end|>\n", "a <|im_end|> b\n", " - \n"]
+)
+def test_what_follows_the_first_line_with_text_changes_nothing(line):
+    """So decoding may stop there."""
+    assert clean_prediction(f"{line}c [INST] <|eot_id|>\n d") == clean_prediction(line)
+
+
 def test_scores_of_a_list():
     scores = score(["Denver", "x y"], [("Broncos", "Denver"), ("x",)])
     assert scores == Scores(

@@ -83,10 +83,11 @@ def test_grad_ckpt_runs_each_layer_twice(name):
 def test_grad_ckpt_leaves_decoding_alone():
     """Layers go back to evaluation mode, with their cache; nothing within ever left it."""
     from lw_fast.decode import DecodeRules, greedy
+    from lw_fast.prompt_cache import PromptCache
 
     lm = tiny.frozen_lm("llama")
     prompt = [torch.randn(5, lm.d_model, generator=torch.Generator().manual_seed(0))]
-    expected = greedy(lm, prompt, DecodeRules(5))
+    expected = greedy(PromptCache(lm, prompt), DecodeRules(5))
     lm.grad_ckpt = True
     modes = []
     attention = lm.model.base_model.layers[0].self_attn
@@ -94,7 +95,7 @@ def test_grad_ckpt_leaves_decoding_alone():
     lm.hidden(torch.randn(1, 4, lm.d_model, requires_grad=True)).sum().backward()
     assert modes == [False, False]
     assert not any(module.training for module in lm.model.modules())
-    assert greedy(lm, prompt, DecodeRules(5)) == expected
+    assert greedy(PromptCache(lm, prompt), DecodeRules(5)) == expected
 
 
 # ------------------------------------------------------------------------------- one LM per step

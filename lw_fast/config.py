@@ -206,7 +206,7 @@ class BackboneConfig:
     )
     compile: str = setting(
         "auto",
-        "compile the LMs' layers and the encoder for training (auto: on GPUs, with layout packed)",
+        "compile the LMs' layers for training (auto: on GPUs, with layout packed)",
         choices=("auto", "yes", "no"),
     )
     grad_ckpt: bool = setting(

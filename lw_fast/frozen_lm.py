@@ -389,30 +389,30 @@ def _in_shards(sharding: Sharding | None, dtype: torch.dtype) -> Iterator[None]:
 
 def _as_asked(lm: FrozenLM, config: BackboneConfig) -> FrozenLM:
     # Gathering happens in hooks, which a compiled layer would not run.
-    compiled = lm.sharding is None and compiles(config, lm.device)
+    compiled = lm.sharding is None and _compiles(config, lm.device)
     if compiled:
         _compile_layers(lm.model)
     return replace(
         lm,
         kernels=config.kernels,
         grad_ckpt=config.grad_ckpt,
-        packed=packs(config, lm.device),
+        packed=_packs(config, lm.device),
         compiled=compiled,
     )
 
 
-def packs(config: BackboneConfig, device: torch.device) -> bool:
+def _packs(config: BackboneConfig, device: torch.device) -> bool:
     """Whether training batches are packed: by default where attention can skip between rows."""
     if config.layout == "auto":
         return device.type == "cuda" and config.attn_implementation != "eager"
     return config.layout == "packed"
 
 
-def compiles(config: BackboneConfig, device: torch.device) -> bool:
+def _compiles(config: BackboneConfig, device: torch.device) -> bool:
     """Whether training runs compiled layers."""
     if config.compile != "auto":
         return config.compile == "yes"
-    fitting = packs(config, device) and config.backbone_dtype not in quantised.KINDS
+    fitting = _packs(config, device) and config.backbone_dtype not in quantised.KINDS
     return fitting and device.type == "cuda"
 
 

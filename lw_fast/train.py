@@ -32,7 +32,7 @@ from lw_fast.engine import World, build_engine
 from lw_fast.errors import UserError
 from lw_fast.eval_files import METRICS_FILE
 from lw_fast.evaluate import asked_for, check_prompts, evaluate, table_rows
-from lw_fast.frozen_lm import FrozenLM, compiles
+from lw_fast.frozen_lm import FrozenLM
 from lw_fast.late import Late
 from lw_fast.meters import LMCost, Meter, reset_peak_memory
 from lw_fast.model import (
@@ -170,8 +170,6 @@ def setup_run(
     model = build_model(config, world.device, lms, placement)
     check_prompts(model)
     tables = tables_of(model, examples)
-    if compiles(config.backbone, world.device) and not _shards_weights(ds_config):
-        model.bridge.encoder.compile(dynamic=True)
     if auto_batch:
         config = choose(config, world, model, tables, placement.shares)
     accumulation = len(micro_slices(batch_size, 0, placement.shares, config.micro_batch))
@@ -215,7 +213,7 @@ def _check_backbone(config: Config, ds_config: dict[str, Any] | None) -> None:
 
 
 def _shards_weights(ds_config: dict[str, Any] | None) -> bool:
-    """ZeRO-3 gathers weights in hooks, which a compiled encoder would not run."""
+    """Whether the trainable weights are spread over the processes."""
     return ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
 
 

@@ -347,26 +347,3 @@ def test_dropout_only_in_training(kind):
         assert torch.equal(encoder(source).z_BMZ, encoder(source).z_BMZ)
         encoder.train()
         assert not torch.equal(encoder(source).z_BMZ, encoder(source).z_BMZ)
-
-
-@pytest.mark.parametrize("kind", ["lm", "byte", "byte_seed"])
-def test_one_graph_serves_every_width(kind):
-    """Compiled for training: no break, and no new graph for another width or batch."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    model = tiny.latent_model(encoder_type=kind)
-    table = model.tables(tiny.examples(30)).sources
-    encoder = model.bridge.encoder.eval()
-    batches = [
-        model.batch(table, np.arange(num) + first) for num, first in ((8, 0), (12, 1), (9, 20))
-    ]
-    plain = [encoder(batch).z_BMZ for batch in batches]
-    encoder.compile(dynamic=True, backend=backend)
-    for batch, expected in zip(batches, plain, strict=True):
-        torch.testing.assert_close(encoder(batch).z_BMZ, expected)
-    assert len(graphs) == 1

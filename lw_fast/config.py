@@ -255,7 +255,10 @@ class EvalConfig:
         "clean: no EOS ban; seed: min_new_tokens and eos_ban_steps apply; or both, as clean,seed",
     )
     max_new_tokens: int = setting(24, "longest generated answer")
-    chunk_size: int = setting(64, "questions per generation batch")
+    chunk_size: int = setting(
+        64,
+        "questions per evaluation batch, as text prompts of 256 tokens; more if they are shorter",
+    )
     min_new_tokens: int = setting(3, "protocol=seed: EOS is banned before this many tokens")
     eos_ban_steps: int = setting(6, "protocol=seed: EOS is banned for this many steps")
     latent_anchor_mode: str = setting(

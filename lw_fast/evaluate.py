@@ -33,7 +33,7 @@ from lw_fast.diagnostics import alarms, diagnose, peeks
 from lw_fast.engine import World
 from lw_fast.errors import UserError
 from lw_fast.eval_files import write_evaluation
-from lw_fast.forcing import forced_rows_behind
+from lw_fast.forcing import batches_by_length, forced_rows_behind
 from lw_fast.frozen_lm import FrozenLM
 from lw_fast.model import LatentModel
 from lw_fast.prompt_cache import PromptCache
@@ -61,6 +61,9 @@ from lw_fast.text_tuned import TunedPrompt, tuned_prompts
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("clean", "seed")
+TEXT_PROMPT = 256
+"""Positions of a question, as `chunk_size` counts them: about those of a SQuAD text prompt. Latent
+prompts are several times shorter, and small batches keep a GPU waiting for the host."""
 
 
 @dataclass(frozen=True)
@@ -309,10 +312,9 @@ def generate(
 def read_prompts(
     lm: FrozenLM, prompts: Prompts, chunk_size: int
 ) -> Iterator[tuple[np.ndarray, PromptCache]]:
-    """All prompts, read once: indices and cache of a chunk. Prompts of like length share one, so
-    little is padded."""
-    order = np.argsort(prompts.lengths, kind="stable")
-    for index in np.array_split(order, max(1, -(-len(order) // chunk_size))):
+    """All prompts, read once: indices and cache of a batch. Prompts of like length share one, so
+    little is padded; the shorter they are, the more."""
+    for index in batches_by_length(prompts.lengths, chunk_size * TEXT_PROMPT):
         yield index, PromptCache(lm, prompts.embeds(index))
 
 

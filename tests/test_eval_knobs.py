@@ -235,7 +235,8 @@ def test_only_the_first_token_is_sampled_and_the_seed_fixes_it():
         assert greedy(PromptCache(lm, [forced]), DecodeRules(5)) == [tokens[1:]]
 
 
-def test_sampling_does_not_depend_on_the_batch(tmp_path):
+def test_sampling_does_not_depend_on_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("lw_fast.evaluate.TEXT_PROMPT", 20)
     knobs = dict(first_token_temperature=3.0, first_token_top_p=0.95)
     a, b = (scores(tmp_path, str(n), **knobs, chunk_size=n) for n in (1, 8))
     assert [a[kind][lm][0] for kind in KINDS for lm in NAMES] == [

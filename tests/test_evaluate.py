@@ -165,9 +165,19 @@ def test_two_evaluations_are_byte_identical(tmp_path):
     assert without_times(a) == without_times(b) != a
 
 
-def test_the_batch_size_of_evaluation_does_not_matter(tmp_path):
-    """Predictions agree exactly; log-likelihoods up to rounding. 10 is no multiple of 4."""
-    results = [run(tmp_path / str(n), chunk_size=n) for n in (1, 4, 64)]
+def test_the_batch_size_of_evaluation_does_not_matter(tmp_path, monkeypatch):
+    """Predictions agree exactly; log-likelihoods up to rounding."""
+    from lw_fast import evaluate as module
+
+    monkeypatch.setattr(module, "TEXT_PROMPT", 12)  # tiny prompts are short
+    sizes, cache = [], module.PromptCache
+    monkeypatch.setattr(module, "PromptCache", lambda lm, p: sizes.append(len(p)) or cache(lm, p))
+    results, largest = [], []
+    for chunk_size in (1, 4, 64):
+        sizes.clear()
+        results.append(run(tmp_path / str(chunk_size), chunk_size=chunk_size))
+        largest.append((max(sizes), min(sizes)))
+    assert largest[0] < largest[1] <= largest[2] == (NUM, NUM) and min(largest[1]) < NUM
     for metrics, _, rows in results[1:]:
         assert rows == results[0][2]
         for kind in KINDS:
@@ -191,8 +201,9 @@ def test_evaluation_leaves_dropout_off(tmp_path):
 
 @pytest.mark.parametrize("kind", ["text", "latent", "no_context"])
 @torch.no_grad()
-def test_nll_equals_a_loop_without_padding(kind):
+def test_nll_equals_a_loop_without_padding(kind, monkeypatch):
     """Teacher-forced NLL of each gold, and first-token hits, one example at a time."""
+    monkeypatch.setattr("lw_fast.evaluate.TEXT_PROMPT", 20)
     model, examples = tiny.latent_model(chunk_size=4), tiny.examples(NUM)
     model.bridge.eval()
     latents = encode(model, examples)

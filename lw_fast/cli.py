@@ -27,6 +27,7 @@ from lw_fast.config import (
     to_dict,
 )
 from lw_fast.errors import UserError
+from lw_fast.idle import warn_idle
 
 if TYPE_CHECKING:
     from lw_fast.shared import Shared
@@ -235,8 +236,11 @@ def run_config(flags: dict[str, Any], overrides: dict[str, Any], lms: dict[str, 
         from lw_fast.run_folder import read_config
 
         saved = to_dict(read_config(flags["run_dir"]))
-        return from_dict({**saved, **overrides, "lm": {**saved["lm"], **lms}})
-    return build_config(flags["preset"] or DEFAULT_PRESET, overrides, lms)
+        config = from_dict({**saved, **overrides, "lm": {**saved["lm"], **lms}})
+    else:
+        config = build_config(flags["preset"] or DEFAULT_PRESET, overrides, lms)
+    warn_idle(config, overrides)
+    return config
 
 
 def find_ds_config(path: Path) -> Path:
@@ -310,6 +314,7 @@ def eval_main(argv: Sequence[str]) -> None:
         raise UserError(f"cannot write into {out_dir}: {error.strerror}") from None
     world = init_world(use_deepspeed=False, device=flags["device"])
     model = load_model(path, world.device, overrides, lms, park=True)
+    warn_idle(model.config, overrides)
     metrics = evaluate(model, evaluation_examples(model.config), out_dir)
     print_table(Console(), str(path), table_rows(metrics, list(model.lms)))
     print(f"written to {out_dir}")

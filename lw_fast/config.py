@@ -427,6 +427,11 @@ def _validate(config: Config) -> None:
             "first_token_top_p below 1 needs first_token_temperature above 0: temperature 0 is "
             "greedy, whatever the nucleus"
         )
+    if "seed" in config.eval.protocol and config.eval.min_new_tokens > config.eval.max_new_tokens:
+        raise UserError(
+            f"min_new_tokens ({config.eval.min_new_tokens}) must not exceed max_new_tokens "
+            f"({config.eval.max_new_tokens})"
+        )
     if config.eval.latent_anchor_text and config.eval.latent_anchor_mode != "text":
         raise UserError("latent_anchor_text needs latent_anchor_mode=text")
     if config.eval.latent_anchor_mode == "text" and not (

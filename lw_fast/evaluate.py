@@ -393,10 +393,11 @@ def _metrics(
     gather: Gather,
 ) -> dict[str, Any]:
     config = model.config
-    text_tokens = {
-        name: float(np.mean([len(ids) for ids in _text_ids(lm, examples)]))
-        for name, lm in model.lms.items()
+    lengths = {
+        name: [len(ids) for ids in _text_ids(lm, examples)] for name, lm in model.lms.items()
     }
+    _warn_of_idle_budget(config, lengths)
+    text_tokens = {name: float(np.mean(per_text)) for name, per_text in lengths.items()}
     num_latents = config.encoder.latent_len
     payload = {
         "fp32": 4 * num_latents * config.encoder.d_z,
@@ -439,6 +440,16 @@ def _metrics(
             answers = {name: result.predictions for name, result in latent.items()}
             table["debug"] = gather(peeks(model, examples, latents, answers))
     return metrics
+
+
+def _warn_of_idle_budget(config: Config, lengths: Mapping[str, Sequence[int]]) -> None:
+    budget = config.eval.token_budget_k or config.encoder.latent_len
+    cuts_text = config.eval.token_budget_mode == "content_only"
+    if "token_budget" not in asked_for(config)[0] or not cuts_text:
+        return
+    for name, per_text in lengths.items():
+        if max(per_text) <= budget:
+            logger.warning("token_budget is text for %s: no text has over %d tokens", name, budget)
 
 
 def _text_ids(lm: FrozenLM, examples: Sequence[Example]) -> list[list[int]]:

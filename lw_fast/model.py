@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from lw_fast import checkpoint
 from lw_fast.alignment import Alignment
 from lw_fast.batches import AnswerTable, SourceTable, Tables
 from lw_fast.bridge import LatentBridge
-from lw_fast.config import Config, LossConfig, from_dict, to_dict
+from lw_fast.config import Config, from_dict, to_dict
 from lw_fast.data import Example, channel_examples, eval_spec, load_examples
 from lw_fast.engine import World
 from lw_fast.errors import UserError
@@ -28,8 +27,6 @@ from lw_fast.placement import Placement
 from lw_fast.reader import Reader
 from lw_fast.source import Sources, byte_sources, token_sources
 from lw_fast.teacher import Teacher
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,16 +84,12 @@ class LatentModel:
         self, examples: Sequence[Example], answers: Mapping[str, AnswerTable]
     ) -> dict[str, Teacher]:
         """Each LM behind the full text, if the loss asks for it (kl_weight)."""
-        if self.config.loss.kl_weight:
-            return {
-                name: Teacher(lm, examples, answers[name], self.config)
-                for name, lm in self.lms_here.items()
-            }
-        start = LossConfig()
-        for knob in ("kl_temperature", "kl_top_k", "teacher_cache"):
-            if getattr(self.config.loss, knob) != getattr(start, knob):
-                logger.warning("%s has no effect: kl_weight is 0", knob)
-        return {}
+        if not self.config.loss.kl_weight:
+            return {}
+        return {
+            name: Teacher(lm, examples, answers[name], self.config)
+            for name, lm in self.lms_here.items()
+        }
 
     def batch(self, table: SourceTable, index: np.ndarray, use_gold_B: np.ndarray | None = None):
         """A SourceBatch with reader states where the encoder wants them."""

@@ -191,6 +191,10 @@ def test_choices(name):
         ),
         ({"compat": "original", "supervise_first_k": 2}, "supervise_first_k must be 0"),
         ({"compat": "original", "max_answer_tokens": 1}, "must be at least 2"),
+        (
+            {"protocol": "clean,seed", "min_new_tokens": 9, "max_new_tokens": 8},
+            r"min_new_tokens \(9\) must not exceed max_new_tokens \(8\)",
+        ),
         ({"latentlen": 4}, "unknown setting 'latentlen'; did you mean latent_len?"),
         ({"xyzzy": 4}, "unknown setting 'xyzzy'$"),
     ],

@@ -263,8 +263,28 @@ def test_the_seed_protocol_bans_stop_tokens(tmp_path, monkeypatch):
     run(tmp_path, kinds="latent", protocol="clean,seed", min_new_tokens=3, eos_ban_steps=5)
     assert {(r.max_new_tokens, r.ban_stop_steps) for r in seen} == {(3, 0), (3, 5)}
     seen.clear()
-    run(tmp_path, kinds="latent", protocol="seed", min_new_tokens=7, eos_ban_steps=5)
+    run(
+        tmp_path, kinds="latent", protocol="seed", min_new_tokens=7, eos_ban_steps=5,
+        max_new_tokens=7,
+    )  # fmt: skip
     assert {r.ban_stop_steps for r in seen} == {7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"token_budget_k": 1000}, True),
+        ({}, False),
+        ({"token_budget_k": 1000, "kinds": "latent"}, False),
+    ],
+)
+def test_a_budget_that_cuts_nothing_says_so(tmp_path, caplog, changes, warned):
+    metrics, _, _ = run(tmp_path, **{"kinds": "text,token_budget"} | changes)
+    assert ("token_budget is text for qwen: no text has over 1000" in caplog.text) is warned
+    if warned:
+        same = ("f1", "nll_token", "prompt_tokens")
+        text, budget = metrics["text"]["qwen"], metrics["token_budget"]["qwen"]
+        assert [text[name] for name in same] == [budget[name] for name in same]
 
 
 def test_unanswerable_questions_are_scored_too(tmp_path):

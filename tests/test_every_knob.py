@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_idle import ONE_LINE
 
 from lw_fast.config import FIELDS, GROUPS
 from lw_fast.engine import World
@@ -33,7 +34,7 @@ SHAPES = {"parameters", "weights"} | STEP
 
 BYTE = {"encoder_type": "byte"}
 KL = {"kl_weight": 0.5}
-SCALE = {"adapter_freeze_scale": False}
+SCALE = {"adapter_freeze_scale": False, "scale": 1.5}  # away from where its penalty is none
 FIXED = {"calibration": "fixed"}
 # (settings of both runs, the setting and its other value, facts that differ)
 KNOBS: list[tuple[dict, dict, set]] = [
@@ -168,8 +169,9 @@ def files(tmp_path_factory, lm_dirs, qa_file):
     return {"qa": str(qa_file), "other": str(other), "lm": lm_dirs, "lms": lms}
 
 
-def facts(files, **changes: Any) -> dict[str, Any]:
-    """What a run decides before its first step, in it, and (update) by its second."""
+def facts(files, scale: float = 1.0, **changes: Any) -> dict[str, Any]:
+    """What a run decides before its first step, in it, and (update) by its second; with that
+    adapter.scale at the start."""
     settings = dict(dataset="qa", eval_dataset="qa", samples=32, eval_samples=6, epochs=2)
     settings |= dict(warmup_steps=2, lm=files["lm"]) | changes
     for name in ("dataset", "eval_dataset"):
@@ -179,7 +181,7 @@ def facts(files, **changes: Any) -> dict[str, Any]:
     bridge, tables = run.model.bridge, run.tables
     with torch.no_grad():
         for adapter in bridge.adapters.values():
-            adapter.scale.fill_(1.5)  # away from where its penalty is none
+            adapter.scale.fill_(scale)
     steps = range(run.total_steps)
     found = {
         "questions": [(e.id, e.answers) for e in tables.examples],
@@ -242,6 +244,14 @@ def test_what_evaluates_and_logs_does_not_touch_training(files, base):
     changes |= {"first_token_top_p": 0.9, "latent_anchor_mode": "text"}
     changes |= {"text_format": "plain", "token_budget_mode": "content_only"}  # no chat template
     assert differing(base({}), facts(files, **changes)) == set()
+
+
+@pytest.mark.parametrize(("settings", "name", "_why"), ONE_LINE)
+def test_what_is_said_to_be_idle_changes_nothing(files, base, settings, name, _why):
+    common = {"lm": {"llama": files["lm"]["llama"]}}
+    common |= {other: value for other, value in settings.items() if other != name}
+    turned = facts(files, **common | {name: settings[name]})
+    assert differing(base(common), turned) <= {"draws"}  # of gold spans, which nobody reads
 
 
 def _other(name: str) -> Any:

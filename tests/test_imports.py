@@ -39,7 +39,8 @@ LAYERS = (
     "encoder frozen_lm",
     "engine",
     "latent_head adapter sequence source losses optim checkpoint meters nano progress quantised",
-    "fp8 late packed_attention packing blocks chat data guardrails profiling scoring nano_facts",
+    "fp8 late packed_attention packing blocks chat data profiling scoring nano_facts",
+    "guardrails idle",
     "config run_results",
     "errors",
 )

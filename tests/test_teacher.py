@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -342,11 +341,3 @@ def test_micro_batches_and_the_cache_do_not_change_a_run(tmp_path, settings):
 def test_contradictory_knobs_are_errors(changes):
     with pytest.raises(UserError, match=next(iter(changes))):
         tiny.config(**changes)
-
-
-def test_knobs_without_weight_are_no_ops_with_a_warning(caplog):
-    model = tiny.latent_model(kl_temperature=2.0, teacher_cache="on")
-    with caplog.at_level(logging.WARNING):
-        assert model.tables(tiny.examples(NUM)).teachers == {}
-    assert "kl_temperature has no effect" in caplog.text
-    assert "teacher_cache has no effect" in caplog.text and "kl_top_k" not in caplog.text

@@ -125,10 +125,10 @@ def test_collectives(two):
 FAULTS = """
 import os, sys, time, torch
 from lw_fast.engine import init_world
-world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=2)
+world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=4)
 
 if world.is_main:
-    time.sleep(4)
+    time.sleep(8)
 world.barrier(patient=True)
 if world.is_main:
     print("the patient barrier outlasts the time-out", flush=True)
@@ -146,7 +146,7 @@ os._exit(7)
 DIES = """
 import os, signal, time
 from lw_fast.engine import init_world
-world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=2)
+world = init_world(use_deepspeed=False, device="cpu", timeout_seconds=4)
 world.barrier()
 if world.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -160,7 +160,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        (FAULTS, ["the patient barrier outlasts the time-out", "gave up on a hung peer after 2"]),
+        (FAULTS, ["the patient barrier outlasts the time-out", "gave up on a hung peer after 4"]),
         (DIES, []),
     ],
 )

@@ -74,12 +74,13 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, subprocess.CompletedProcess]
 
 @pytest.mark.parametrize("name", list(commands()))
 def test_every_launcher_trains_the_same(runs, name):
-    """Losses of each step to 1e-6, and the same numbers beside them; once per run, not per rank."""
+    """Losses of each step to 3e-6 (ranks add up in another order), and the same numbers beside them;
+    once per run, not per rank."""
     expected, rows = log_of(runs["plain"][0]), log_of(runs[name][0])
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for mine, theirs in zip(rows, expected, strict=True):
         for key in ("loss", "span_loss", "llama/nll_token", "qwen/nll_token"):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-6), (name, key)
+            assert mine[key] == pytest.approx(theirs[key], rel=3e-6, abs=1e-6), (name, key)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert mine["lr_factor"] == theirs["lr_factor"]
         assert mine["llama/first_token_top5"] == theirs["llama/first_token_top5"]

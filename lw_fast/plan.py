@@ -1,8 +1,8 @@
 """lw-fast plan: will a training fit, and what fills the card? No LM is loaded.
 
 What is counted from shapes is exact; activations are an estimate from what PyTorch keeps for the
-backward pass of an eager Llama or Qwen2 layer. The plan is for training: evaluation generates in
-chunks (`chunk_size`) with a cache of keys and values, and is not part of it.
+backward pass of a Llama or Qwen2 layer, eager or compiled. The plan is for training on GPUs;
+evaluation is not part of it: it generates in chunks (`chunk_size`) with a cache of keys and values.
 """
 
 from __future__ import annotations
@@ -21,18 +21,28 @@ from lw_kernels.linear_masked_ce import rows_per_chunk
 from lw_fast.bridge import LatentBridge
 from lw_fast.cli import Parser, add_settings, split_lm_flags
 from lw_fast.config import DEFAULT_PRESET, FIELDS, Config, build_config
+from lw_fast.engine import World
 from lw_fast.errors import UserError
-from lw_fast.frozen_lm import RANDOM_SHAPES
+from lw_fast.frozen_lm import RANDOM_SHAPES, compiles
+from lw_fast.placement import Placement, place
 
 GIB = 2**30
 RESERVE = 1.5 * GIB
 """CUDA context, communication and what the allocator cannot use; an assumption."""
-LAYER_BYTES = {"bf16": 2.0, "fp32": 4.0, "fp8": 1.0, "int8": 1.0, "nf4": 4.127 / 8}
-"""Per weight of a decoder layer; embedding and head stay in bf16 (or fp32)."""
+LAYER_BYTES = {"bf16": 2.0, "fp32": 4.0, "fp8": 2.0, "int8": 1.0, "nf4": 4.127 / 8}
+"""Per weight of a decoder layer; embedding and head stay in bf16 (or fp32). fp8 keeps a second copy
+for the backward pass (fp8.py)."""
 BUCKETS = 2 * 64 * 2**20
 """DeepSpeed's communication buckets with the shipped ds_configs."""
+LIVE_WEIGHTS = 10**9
+"""DeepSpeed's stage3_max_live_parameters: weights of sharded layers that are whole at a time."""
+GPU = torch.device("cuda")
 FRAME = 4
 """Positions around latents and answer: BOS and the anchor `Answer:`."""
+NOTHING_FITS = (
+    "no micro-batch size does; try --backbone_dtype nf4, or on several GPUs --lm_parallel true or "
+    "ds_configs/zero3.json"
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +71,18 @@ class Shape:
         """Embedding, head (unless tied) and the last norm."""
         return self.vocab * self.width * (1 if self.tied else 2) + self.width
 
-    @property
-    def kept_per_position(self) -> int:
+    def kept_per_position(self, *, compiled: bool = False, recomputed: bool = False) -> int:
         """bf16 values that all layers keep per position for the backward pass to the prefix.
 
-        A frozen linear layer keeps nothing. Two norms keep their input in fp32; attention keeps
-        q, k, v and its output; the MLP keeps gate, silu(gate) and up.
+        A frozen linear layer keeps nothing. Two norms keep their input, in fp32; attention keeps
+        q, k, v and its output; the MLP keeps gate, silu(gate) and up. Compiled layers keep the
+        norms' inputs in bf16 and compute silu(gate) again. Where layers are recomputed
+        (grad_ckpt), each keeps its input, and one layer at a time the rest.
         """
         attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (4 * self.width + attention + 3 * self.inner)
+        norms, mlp = (2, 2) if compiled else (4, 3)
+        layer = norms * self.width + attention + mlp * self.inner
+        return self.layers * self.width + layer if recomputed else self.layers * layer
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,8 @@ class Job:
     offload: frozenset[str] = frozenset()
     """What waits in CPU memory: optimizer, param."""
     answer_len: int = 0
-    """Tokens of the longest answer of a batch; 0: max_answer_tokens."""
+    """Tokens of an answer, the longest of a batch (layout padded) or the mean (packed); 0:
+    max_answer_tokens."""
     source_len: int = 0
     """Units (reader tokens or bytes) of the longest source of a batch; 0: the limit."""
     cached_tokens: int = 0
@@ -158,22 +172,53 @@ def _read_config(source: str) -> dict[str, Any] | None:
 
 
 def plan(config: Config, job: Job) -> list[Term]:
-    """What one rank holds at the peak of a training step."""
+    """What one rank holds at the peak of a training step; with lm_parallel the fullest rank.
+
+    Raises:
+        UserError: a shape is not known, or so many GPUs cannot train with these settings.
+    """
     if not config.lm:
         raise UserError("no frozen LM is named: give --lm.NAME SOURCE or a preset that has some")
     shapes = {name: read_shape(name, source) for name, source in config.lm.items()}
     reader = _reader_shape(config, shapes)
-    loaded = dict(shapes)
-    if reader is not None and config.encoder.reader not in shapes:
-        loaded["reader"] = reader
+    trained = _trained(count_trainable(config, shapes, reader), job)
+    reserve = Term("reserve", RESERVE, False, "CUDA context, fragmentation: assumed")
+    plans = []
+    for rank in range(job.gpus):
+        placement = placed(config, job, rank)
+        here = {name: shapes[name] for name in placement.lms}
+        terms = [*_frozen(config, placement, here, reader), trained]
+        terms += [*_activations(config, job, placement, here, reader), reserve]
+        plans.append(terms)
+    return max(plans, key=lambda terms: sum(term.bytes for term in terms))
+
+
+def placed(config: Config, job: Job, rank: int = 0) -> Placement:
+    """Where the training would put the LMs."""
+    ds_config = {"zero_optimization": {"stage": job.zero_stage}} if job.zero_stage else None
+    return place(config, World(rank, 0, job.gpus, GPU), ds_config)
+
+
+def _frozen(
+    config: Config, placement: Placement, here: Mapping[str, Shape], reader: Shape | None
+) -> list[Term]:
+    """Weights of the LMs on a rank, and of a reader that is none of them."""
+    cut = placement.sharding is not None
+    parts = placement.world.size if cut else 1
+    note = f"layers cut among {parts}, ends whole" if cut else "whole on this rank"
     terms = [
-        Term(f"frozen weights of {name}", _weight_bytes(config, shape), True, "whole on each rank")
-        for name, shape in loaded.items()
+        Term(f"frozen weights of {name}", _weight_bytes(config, shape, parts), True, note)
+        for name, shape in here.items()
     ]
-    trainable = count_trainable(config, shapes, reader)
-    terms.append(_trained(trainable, job))
-    terms += _activations(config, job, shapes, reader)
-    return [*terms, Term("reserve", RESERVE, False, "CUDA context, fragmentation: assumed")]
+    if cut:
+        live = min(LIVE_WEIGHTS, max(shape.layer_weights for shape in here.values()))
+        whole = live * LAYER_BYTES[_dtype(config)]
+        terms.append(Term("gathered layers", whole, False, "whole while they run"))
+    if reader is not None and config.encoder.reader not in here:
+        terms.append(
+            Term("frozen weights of reader", _weight_bytes(config, reader), True, "whole, too")
+        )
+    return terms
 
 
 def _reader_shape(config: Config, shapes: Mapping[str, Shape]) -> Shape | None:
@@ -185,10 +230,11 @@ def _reader_shape(config: Config, shapes: Mapping[str, Shape]) -> Shape | None:
     return shapes.get(name) or read_shape("reader", name)
 
 
-def _weight_bytes(config: Config, shape: Shape) -> float:
+def _weight_bytes(config: Config, shape: Shape, parts: int = 1) -> float:
+    """Of one rank, where the layers are cut into `parts`."""
     dtype = _dtype(config)
     rest = LAYER_BYTES["fp32" if dtype == "fp32" else "bf16"]
-    return shape.layer_weights * LAYER_BYTES[dtype] + shape.other_weights * rest
+    return shape.layer_weights * LAYER_BYTES[dtype] / parts + shape.other_weights * rest
 
 
 def _dtype(config: Config) -> str:
@@ -233,17 +279,27 @@ def _trained(count: int, job: Job) -> Term:
 
 def micro_batch(config: Config, job: Job) -> int:
     """Questions per device and pass."""
-    return min(config.micro_batch, config.optim.batch_size // job.gpus)
+    return min(config.micro_batch, config.optim.batch_size // placed(config, job).shares)
 
 
 def _activations(
-    config: Config, job: Job, shapes: Mapping[str, Shape], reader: Shape | None
+    config: Config,
+    job: Job,
+    placement: Placement,
+    shapes: Mapping[str, Shape],
+    reader: Shape | None,
 ) -> list[Term]:
+    """Of the LMs on a rank, and of the encoder and the reader."""
     batch, value = micro_batch(config, job), 4 if _dtype(config) == "fp32" else 2
     answer = job.answer_len or config.data.max_answer_tokens
     positions = batch * (FRAME + config.encoder.latent_len + answer)
+    backbone = config.backbone
+    kept = dict(
+        compiled=placement.sharding is None and compiles(backbone, GPU),
+        recomputed=backbone.grad_ckpt,
+    )
     passes = {
-        name: positions * shape.kept_per_position * value
+        name: positions * shape.kept_per_position(**kept) * value
         + _logits(shape, batch * (answer + 1), value)
         for name, shape in shapes.items()
     }
@@ -256,7 +312,9 @@ def _activations(
     terms.append(Term("encoder", units * _unit_bytes(config, reader), False, "its activations"))
     if reader is not None and not job.cached_tokens:
         # Freed before the LMs start: only what exceeds their activations adds to the peak.
-        states = units * (reader.layers + 1) * reader.width * value
+        # The states kept, those side by side, and what one layer's MLP holds without gradients.
+        per_unit = (2 * _num_states(config) + 4) * reader.width + 3 * reader.inner
+        states = units * per_unit * value
         extra = max(0.0, states - passes[largest])
         terms.append(Term("reader", extra, False, "its pass, above the LMs' activations"))
     elif reader is not None:
@@ -288,7 +346,7 @@ def fits(terms: Sequence[Term], job: Job) -> bool:
 
 def largest_micro_batch(config: Config, job: Job) -> int:
     """The largest power-of-two share of a batch per device that fits; 0 if not even one does."""
-    size = config.optim.batch_size // job.gpus
+    size = config.optim.batch_size // placed(config, job).shares
     while size:
         optim = replace(config.optim, micro_batch_size=size)
         if fits(plan(replace(config, optim=optim), job), job):
@@ -309,8 +367,7 @@ def report(config: Config, job: Job) -> str:
     lines += ["", f"expected {total:.1f} GiB per rank of {job.card_gib:g} GiB: {verdict}"]
     if verdict != "fits":
         largest = largest_micro_batch(config, job)
-        advice = f"--micro_batch_size {largest} would" if largest else "no micro-batch size does"
-        lines.append(advice + ("" if largest else "; try --backbone_dtype nf4 or smaller LMs"))
+        lines.append(f"--micro_batch_size {largest} would" if largest else NOTHING_FITS)
     return "\n".join(lines)
 
 
@@ -336,7 +393,8 @@ def plan_parser() -> Parser:
     parser.add_argument("--ds_config", type=Path, metavar="FILE", help="as in training")
     parser.add_argument(
         "--answer_len", type=int, default=0, metavar="N",
-        help="longest answer of a batch, in tokens (default: max_answer_tokens)",
+        help="tokens of an answer: the mean; with --layout padded the longest of a batch "
+        "(default: max_answer_tokens)",
     )  # fmt: skip
     parser.add_argument(
         "--source_len", type=int, default=0, metavar="N",
@@ -346,7 +404,7 @@ def plan_parser() -> Parser:
         "--cached_tokens", type=int, default=0, metavar="N",
         help="source tokens whose reader states are kept (default: 0, no cache)",
     )  # fmt: skip
-    add_settings(parser, ("data", "encoder", "adapter", "optim", "backbone"))
+    add_settings(parser, ("data", "encoder", "adapter", "optim", "backbone", "placement"))
     return parser
 
 
@@ -359,10 +417,8 @@ def main(argv: Sequence[str]) -> None:
     stage, offload = _read_ds_config(flags["ds_config"])
     names = ("gpus", "card_gib", "answer_len", "source_len", "cached_tokens")
     job = Job(**{name: flags[name] for name in names}, zero_stage=stage, offload=offload)
-    if job.gpus < 1 or config.optim.batch_size % job.gpus:
-        raise UserError(
-            f"batch_size {config.optim.batch_size} cannot be divided among {job.gpus} devices"
-        )
+    if job.gpus < 1:
+        raise UserError(f"gpus must be at least 1, got {job.gpus}")
     print(report(config, job))
 
 

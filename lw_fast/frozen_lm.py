@@ -389,7 +389,7 @@ def _in_shards(sharding: Sharding | None, dtype: torch.dtype) -> Iterator[None]:
 
 def _as_asked(lm: FrozenLM, config: BackboneConfig) -> FrozenLM:
     # Gathering happens in hooks, which a compiled layer would not run.
-    compiled = lm.sharding is None and _compiles(config, lm.device)
+    compiled = lm.sharding is None and compiles(config, lm.device)
     if compiled:
         _compile_layers(lm.model)
     return replace(
@@ -408,7 +408,7 @@ def _packs(config: BackboneConfig, device: torch.device) -> bool:
     return config.layout == "packed"
 
 
-def _compiles(config: BackboneConfig, device: torch.device) -> bool:
+def compiles(config: BackboneConfig, device: torch.device) -> bool:
     """Whether training runs compiled layers."""
     if config.compile != "auto":
         return config.compile == "yes"

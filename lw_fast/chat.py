@@ -12,18 +12,22 @@ SYSTEM = (
 )
 
 
-def chat_ids(tokenizer, contents: Sequence[str]) -> list[list[int]]:
-    """Token ids of [system][user: content][assistant header], BOS included where it belongs.
+def chat_texts(tokenizer, contents: Sequence[str]) -> list[str]:
+    """[system][user: content][assistant header], BOS included where it belongs.
 
     Raises:
         UserError: the tokenizer has no chat template, or one without a system role.
     """
     system = {"role": "system", "content": SYSTEM}
-    texts = [
+    return [
         _render(tokenizer, [system, {"role": "user", "content": content}], header=True)
         for content in contents
     ]
-    return tokenizer(texts, add_special_tokens=False).input_ids
+
+
+def chat_ids(tokenizer, contents: Sequence[str]) -> list[list[int]]:
+    """Token ids of `chat_texts`."""
+    return tokenizer(chat_texts(tokenizer, contents), add_special_tokens=False).input_ids
 
 
 def assistant_header(tokenizer) -> tuple[int, ...]:

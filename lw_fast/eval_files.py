@@ -36,8 +36,10 @@ def write_evaluation(
     examples: Sequence[Example],
     span_text: Sequence[str] | None,
     predictions: Predictions,
+    chats: Mapping[str, Sequence[str]],
 ) -> None:
-    """Writes all three into `out_dir`, which is made if need be."""
+    """Writes all three into `out_dir`, which is made if need be; `chats` are the chat prompts of
+    each example per LM, where text prompts were such."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, CSV_HEADER, restval="")
@@ -47,6 +49,7 @@ def write_evaluation(
     with (out_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for i, example in enumerate(examples):
             row = _prediction_row(i, example, span_text, predictions)
+            row |= {f"prompt_{name}_chat": texts[i] for name, texts in chats.items()}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     # Last and whole: where it is, the evaluation is complete.
     checkpoint.write_text(out_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")

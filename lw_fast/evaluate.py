@@ -25,7 +25,7 @@ import torch
 
 from lw_fast import kept_latents
 from lw_fast.batches import to_device
-from lw_fast.chat import chat_ids
+from lw_fast.chat import chat_ids, chat_texts
 from lw_fast.config import Config
 from lw_fast.data import Example
 from lw_fast.decode import DecodeRules, greedy
@@ -42,6 +42,7 @@ from lw_fast.prompts import (
     LATENT_KINDS,
     Latents,
     Prompts,
+    chat_content,
     decode_frame,
     make_prompts,
     text_prompt,
@@ -137,8 +138,19 @@ def evaluate(
     if world is None or world.is_main:
         for alarm in alarms(metrics):
             logger.warning("alarm: %s", alarm)
-        write_evaluation(out_dir, model.config, metrics, examples, latents.span_text, predictions)
+        write_evaluation(
+            out_dir, model.config, metrics, examples, latents.span_text, predictions,
+            _chats(model, examples) if "text" in kinds else {},
+        )  # fmt: skip
     return metrics
+
+
+def _chats(model: LatentModel, examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Per LM, the chat prompts of kind text, if that is what text prompts are."""
+    if model.config.eval.text_format != "chat":
+        return {}
+    contents = [chat_content(text_prompt(e.context, e.question)) for e in examples]
+    return {name: chat_texts(lm.tokenizer, contents) for name, lm in model.lms.items()}
 
 
 Gather = Callable[[Mapping[str, Any]], dict[str, Any]]

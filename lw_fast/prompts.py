@@ -33,6 +33,11 @@ def text_prompt(context: str, question: str) -> str:
     return f"Context: {context}\nQuestion: {question}\n"
 
 
+def chat_content(text: str) -> str:
+    """A whole text prompt as the user's turn in a chat, worded as in the original."""
+    return f"{text}Answer: "
+
+
 def decode_frame(kind: str, tokenizer, config: Config) -> Frame:
     """What stands around a prompt of one kind at decode time."""
     if kind in LATENT_KINDS:
@@ -134,7 +139,7 @@ def _text_ids(
         if not chat:
             return ids
         texts = tokenizer.batch_decode(ids)
-    contents = list(texts) if cut_content else [f"{text}Answer: " for text in texts]
+    contents = list(texts) if cut_content else [chat_content(text) for text in texts]
     return [tokens[: None if cut_content else budget] for tokens in chat_ids(tokenizer, contents)]
 
 

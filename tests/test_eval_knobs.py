@@ -298,6 +298,21 @@ def test_metrics_csv_has_the_original_columns(tmp_path):
     assert {"joint", "seed_joint"} <= {r["group"] for r in rows}
 
 
+def test_chat_prompts_are_written_as_they_were_used(tmp_path):
+    model = chatty_model(kinds="text", text_format="chat")
+    metrics = evaluate(model, tiny.examples(NUM), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    for name in NAMES:
+        texts = [row[f"prompt_{name}_chat"] for row in rows]
+        for text, row in zip(texts, rows, strict=True):
+            assert f"[system]{SYSTEM}\n[user]{row['prompt_raw']}Answer: \n[assistant]\n" in text
+        ids = model.lms[name].tokenizer(texts, add_special_tokens=False).input_ids
+        mean = sum(map(len, ids)) / NUM
+        assert metrics["text"][name]["prompt_tokens"] == pytest.approx(mean)
+    evaluate(chatty_model(kinds="text"), tiny.examples(1), tmp_path)
+    assert "_chat" not in (tmp_path / "predictions.jsonl").read_text()
+
+
 def test_the_original_json_keys(tmp_path):
     metrics = evaluate(chatty_model(), tiny.examples(NUM), tmp_path)
     assert metrics.keys() >= set(

@@ -1,8 +1,8 @@
 """lw-fast ablate: decode-time knobs over one checkpoint, one row each, with 95 % intervals.
 
 Every row is compared with the first one on the same questions (paired bootstrap): a difference
-whose interval holds 0 is noise. What changes training (the first-token weight, say) needs runs of
-its own: lw-fast sweep.
+whose interval holds 0 is noise. What changes training (the first-token weight, say) needs a
+checkpoint of its own: each further one is a row too, named by its settings.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lw_fast.cli import Parser, add_settings, split_lm_flags
-from lw_fast.config import FIELDS, GROUPS
+from lw_fast.config import FIELDS, GROUPS, differences
 from lw_fast.errors import UserError
 from lw_fast.scoring import bootstrap_interval, mean, paired_bootstrap, score
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lw_fast.data import Example
     from lw_fast.evaluate import Result
     from lw_fast.model import LatentModel
+    from lw_fast.prompts import Latents
 
 ROWS = (
     "latent_anchor_mode=none",
@@ -60,17 +61,21 @@ def ablate_parser() -> Parser:
     """The flags of launch/ablate.py."""
     parser = Parser(
         prog="ablate",
-        usage="ablate --ckpt DIR [--rows 'NAME=V NAME=V' ...] [--SETTING VALUE ...]",
+        usage="ablate --ckpt DIR [DIR ...] [--rows 'NAME=V NAME=V' ...] [--SETTING VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Score the latent prompts of a checkpoint under one change at a time.\n\n"
             "  python launch/ablate.py --ckpt runs/first\n"
+            "  python launch/ablate.py --ckpt runs/first runs/twice_the_first_token\n"
             "  python launch/ablate.py --ckpt runs/first --rows prefix_gain=1.1 prefix_gain=1.25"
         ),
         epilog="frozen LMs:\n  --lm.NAME SOURCE   another source for an LM of the checkpoint",
     )
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, metavar="DIR", help="run or checkpoint")
+    add(
+        "--ckpt", type=Path, required=True, nargs="+", metavar="DIR",
+        help="run or checkpoint; others of the same LMs are compared with the first",
+    )  # fmt: skip
     add("--out_dir", type=Path, metavar="DIR", help="(default: ablation_CHECKPOINT beside it)")
     add(
         "--rows", nargs="+", metavar="'NAME=V NAME=V'",
@@ -93,14 +98,15 @@ def main(argv: Sequence[str]) -> None:
     from lw_fast.model import evaluation_examples, load_model
     from lw_fast.run_folder import resolve_checkpoint
 
-    path = resolve_checkpoint(flags["ckpt"])
+    path, *others = [resolve_checkpoint(path) for path in flags["ckpt"]]
     out_dir = flags["out_dir"] or path.parent / f"ablation_{path.name}"
     world = init_world(use_deepspeed=False, device=flags["device"])
     model = load_model(path, world.device, overrides, lms)
     if flags["rows"] is None and not all(lm.tokenizer.chat_template for lm in model.lms.values()):
         del changes["latent_anchor_mode=chat"]
         print("left out: latent_anchor_mode=chat (an LM has no chat template)")
-    rows = ablate(model, evaluation_examples(model.config), changes)
+    rivals = _rivals(model, others, overrides, lms)
+    rows = ablate(model, evaluation_examples(model.config), changes, rivals)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "ablation.md").write_text(markdown(rows), encoding="utf-8")
     listed = [dataclasses.asdict(row) for row in rows]
@@ -124,18 +130,48 @@ def read_change(line: str) -> dict[str, str]:
     return change
 
 
-def ablate(
-    model: LatentModel, examples: Sequence[Example], changes: Mapping[str, Mapping[str, Any]]
-) -> list[Row]:
-    """The base and then every change, on every LM; each question is encoded once."""
-    from lw_fast.evaluate import asked_for, encode, run_kind
-    from lw_fast.model import retuned
+def _rivals(
+    model: LatentModel,
+    paths: Sequence[Path],
+    overrides: Mapping[str, Any],
+    lms: Mapping[str, str],
+) -> Iterator[tuple[str, LatentModel]]:
+    """Other checkpoints over the same LMs, which stay in memory, one at a time."""
+    from lw_fast.model import load_model
 
-    model.bridge.eval()
-    models = {BASE: model} | {line: retuned(model, change) for line, change in changes.items()}
-    latents = encode(model, examples)
+    for path in paths:
+        rival = load_model(path, model.device, overrides, lms, loaded=model.lms)
+        if _lms_of(rival) != _lms_of(model):
+            raise UserError(f"{path} is over other LMs than the first checkpoint")
+        yield f"{path.parent.name}/{path.name}: {_otherwise(model, rival)}", rival
+
+
+def _lms_of(model: LatentModel) -> tuple[dict[str, str], str]:
+    return dict(model.config.lm), model.config.backbone.backbone_dtype
+
+
+def _otherwise(model: LatentModel, rival: LatentModel) -> str:
+    """The settings in which two checkpoints differ, as a row's name."""
+    changed = differences(model.config, rival.config)
+    words = [
+        f"{name}={new}"
+        for name, (_, new) in changed.items()
+        if FIELDS[name][0] not in ("run", "placement")
+    ]
+    return " ".join(words) or "the same settings"
+
+
+def ablate(
+    model: LatentModel,
+    examples: Sequence[Example],
+    changes: Mapping[str, Mapping[str, Any]],
+    rivals: Iterable[tuple[str, LatentModel]] = (),
+) -> list[Row]:
+    """The base, every change and every rival, on every LM; a model encodes each question once."""
+    from lw_fast.evaluate import asked_for, run_kind
+
     rows, base = [], {}
-    for line, tuned in models.items():
+    for line, tuned, latents in _measured(model, examples, changes, rivals):
         protocol = asked_for(tuned.config)[1][0]
         for name, lm in tuned.lms.items():
             result = run_kind("latent", protocol, lm, tuned, examples, latents)
@@ -143,6 +179,26 @@ def ablate(
             base.setdefault(name, values)
             rows.append(_row(name, line, values, base[name], model.config.data.eval_seed))
     return rows
+
+
+def _measured(
+    model: LatentModel,
+    examples: Sequence[Example],
+    changes: Mapping[str, Mapping[str, Any]],
+    rivals: Iterable[tuple[str, LatentModel]],
+) -> Iterator[tuple[str, LatentModel, Latents]]:
+    """Each row's name, model and latents."""
+    from lw_fast.evaluate import encode
+    from lw_fast.model import retuned
+
+    model.bridge.eval()
+    latents = encode(model, examples)
+    yield BASE, model, latents
+    for line, change in changes.items():
+        yield line, retuned(model, change), latents
+    for line, rival in rivals:
+        rival.bridge.eval()
+        yield line, rival, encode(rival, examples)
 
 
 def _per_question(result: Result, examples: Sequence[Example]) -> dict[str, list[float]]:

@@ -166,18 +166,20 @@ def load_model(
     lms: Mapping[str, str] | None = None,
     *,
     park: bool = False,
+    loaded: Mapping[str, FrozenLM] | None = None,
 ) -> LatentModel:
     """A trained model from a checkpoint folder, with some settings or LM sources changed.
 
     Args:
         park: With sequential_eval, leave the LMs in host memory, where `evaluate` fetches them.
+        loaded: LMs that are in memory already, as for build_model.
     """
     saved = checkpoint.load(path)
     table = {**saved.config["lm"], **(lms or {})}
     if unknown := table.keys() - saved.adapters.keys():
         raise UserError(f"{path} has no adapter for {', '.join(sorted(unknown))}")
     config = from_dict({**saved.config, **(overrides or {}), "lm": table})
-    model = build_model(config, device, _parked_lms(config, device) if park else None)
+    model = build_model(config, device, _parked_lms(config, device) if park else loaded)
     try:
         model.bridge.load_state_dict(join_state(saved.encoder, saved.adapters))
     except RuntimeError as error:

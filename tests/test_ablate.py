@@ -98,3 +98,43 @@ def test_the_command_writes_the_table(tmp_path, lm_dirs, qa_file, capsys):
     assert len((folder / "ablation.md").read_text().splitlines()) == 2 + len(found)
     wrong = ["--ckpt", str(tmp_path / "run"), "--rows", "lr=1", "--device", "cpu"]
     assert cli.run(main, wrong) == cli.EXIT_USER_ERROR
+
+
+def test_other_checkpoints_are_rows(tmp_path, lm_dirs, qa_file, monkeypatch):
+    """The first-token weight needs a run of its own; LMs are loaded once, and the row's scores
+    are those of that run's own evaluation."""
+    from lw_fast import model as module
+
+    settings = dict(
+        dataset=str(qa_file), eval_dataset=str(qa_file), samples=16, eval_samples=5, epochs=1,
+        lm=lm_dirs, kinds="latent",
+    )  # fmt: skip
+    train(tiny.config(**settings), ONE, tmp_path / "a")
+    changes = {"first_token_ce_weight": 1.0, "log_every": 7}
+    metrics = train(tiny.config(**settings | changes), ONE, tmp_path / "b")
+    loads, load = [], module.load_frozen_lm
+    monkeypatch.setattr(module, "load_frozen_lm", lambda *a: loads.append(a[0]) or load(*a))
+    flags = ["--ckpt", str(tmp_path / "a"), str(tmp_path / "b"), "--rows", "prefix_gain=1.1"]
+    flags += ["--out_dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.run(main, flags) == 0
+    assert loads == list(lm_dirs)
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    line = "b/epoch1: first_token_ce_weight=1.0"
+    assert [row["change"] for row in found[::2]] == [BASE, "prefix_gain=1.1", line]
+    for row in found[-2:]:
+        for name, (value, lo, hi) in row["scores"].items():
+            assert value == pytest.approx(metrics["latent"][row["lm"]][name])
+            assert lo <= value <= hi
+    train(tiny.config(**settings | {"lm": {"llama": lm_dirs["llama"], "qwen": lm_dirs["llama"]}}),
+          ONE, tmp_path / "c")  # fmt: skip
+    flags[2] = str(tmp_path / "c")
+    assert cli.run(main, flags) == cli.EXIT_USER_ERROR
+
+
+def test_the_default_rows_are_those_of_the_experiments_log():
+    """BOS, gain, nucleus, anchor mode and calibration; the first-token weight is a checkpoint."""
+    varied = {word.partition("=")[0] for line in ROWS for word in line.split()}
+    assert varied == {
+        "append_bos_after_prefix", "prefix_gain", "first_token_top_p", "first_token_temperature",
+        "latent_anchor_mode", "calibration",
+    }  # fmt: skip

@@ -38,8 +38,10 @@ from lw_fast.shared import Shared
 from lw_fast.train import setup_run
 from lw_fast.training_run import Run
 
-BASE = {"layout": "padded", "compile": "no", "batch_size": 64, "max_answer_tokens": 8}
-"""Eager layers and padded rows: what the plan counts."""
+BASE = {
+    "layout": "padded", "compile": "no", "batch_size": 64, "max_answer_tokens": 8, "kinds": "latent"
+}  # fmt: skip
+"""Eager layers and padded rows, whose number is the same in every batch."""
 SWEEPS = {
     "batch_size": (16, 32, 64, 128),
     "latent_len": (8, 64, 128),

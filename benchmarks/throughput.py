@@ -52,9 +52,9 @@ from lw_fast.meters import free_memory, matmul_ceiling
 from lw_fast.model import training_examples
 from lw_fast.train import setup_run
 
-BASE = {"encoder_type": "byte_seed", "batch_size": 64, "samples": 1024}
+BASE = {"encoder_type": "byte_seed", "batch_size": 64, "samples": 1024, "kinds": "latent"}
 """Settings of every case unless a flag or the case says otherwise. The encoder is the original's,
-so that the LMs are what differs."""
+so that the LMs are what differs. Nothing is evaluated; other kinds may want more than is there."""
 
 LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("padded_eager_torch", {"layout": "padded", "compile": "no", "kernels": "torch"}),

@@ -43,7 +43,7 @@ from lw_fast.errors import UserError
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 BASE = {"encoder_type": "byte_seed", "samples": 1024, "kinds": "latent"}
-"""Settings of every case unless a flag says otherwise; encoder and kinds are those of throughput.py."""
+"""Settings of every case unless a flag says otherwise; as in throughput.py."""
 ENGINES: Mapping[str, tuple[str | None, Mapping[str, Any]]] = {
     "plain": (None, {}),
     "zero2": ("zero2", {}),

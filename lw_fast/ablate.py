@@ -202,8 +202,10 @@ def _measured(
 
 
 def _per_question(result: Result, examples: Sequence[Example]) -> dict[str, list[float]]:
+    from lw_fast.evaluate import has_answer
+
     scores = score(result.predictions, [example.answers for example in examples])
-    first = result.scores.first_top1.tolist()
+    first = result.scores.first_top1[has_answer(examples)].tolist()
     return {"f1": scores.f1, "em": scores.em, "first_token_top1": first}
 
 

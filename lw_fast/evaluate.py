@@ -373,13 +373,21 @@ def golds_of(examples: Sequence[Example]) -> list[tuple[str, ...]]:
     return [example.answers for example in examples]
 
 
+def has_answer(examples: Sequence[Example]) -> np.ndarray:
+    """bool [N]: False for the unanswerable questions of SQuAD v2."""
+    return np.array([bool(example.answers) for example in examples])
+
+
 def _kind_metrics(result: Result, examples: Sequence[Example]) -> dict[str, float]:
-    scores = result.scores
+    # Without an answer there is no token that a row could have got right.
+    answered = has_answer(examples)
+    nll, tokens, top1, top5 = (x[answered].sum() for x in dataclasses.astuple(result.scores))
+    num = max(answered.sum(), 1)
     return {
         **score(result.predictions, golds_of(examples)).means(),
-        "nll_token": float(scores.nll.sum() / max(scores.tokens.sum(), 1)),
-        "first_token_top1": float(scores.first_top1.mean()),
-        "first_token_top5": float(scores.first_top5.mean()),
+        "nll_token": float(nll / max(tokens, 1)),
+        "first_token_top1": float(top1 / num),
+        "first_token_top5": float(top5 / num),
         "unique_predictions": unique_count(result.predictions),
         "most_frequent_share": most_frequent(result.predictions).share,
         "answers_collapsed": answers_collapsed(result.predictions, golds_of(examples)),

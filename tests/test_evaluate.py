@@ -13,6 +13,7 @@ from lw_fast.data import Example
 from lw_fast.errors import UserError
 from lw_fast.evaluate import Scorer, encode, evaluate, read_prompts, run_kind, table_rows
 from lw_fast.prompts import KINDS, make_prompts
+from lw_fast.scoring import score
 from lw_fast.sequence import make_frame
 
 NUM = 10
@@ -94,8 +95,6 @@ def test_predictions_hold_every_prediction_with_its_golds(both):
 
 def test_scores_are_those_of_the_written_predictions(both):
     """The table can be recomputed from predictions.jsonl."""
-    from lw_fast.scoring import score
-
     metrics, _, rows = both
     for kind in KINDS:
         for name in ("llama", "qwen"):
@@ -293,6 +292,13 @@ def test_unanswerable_questions_are_scored_too(tmp_path):
     metrics, _, rows = run(tmp_path, examples)
     assert metrics["samples"] == 4
     assert rows[3]["gold"] == "" and rows[3]["golds"] == []
+    answered, _, _ = run(tmp_path / "answered", examples[:3])
+    for kind in ("latent", "text", "no_context"):  # no answer, no token: not a miss
+        for name in ("first_token_top1", "first_token_top5", "nll_token"):
+            expected = answered[kind]["llama"][name]
+            assert metrics[kind]["llama"][name] == pytest.approx(expected, rel=1e-5)
+    empty = {**dict.fromkeys(("em", "f1"), 1.0), "em_single": 1.0, "f1_single": 1.0}
+    assert score([""], [()]).means() == empty and score(["Rome"], [()]).means()["f1"] == 0.0
     assert all(math.isfinite(metrics[k]["llama"]["nll_token"]) for k in KINDS)
 
 
@@ -323,8 +329,6 @@ def test_joint_pick_has_the_best_summed_likelihood(tmp_path):
                 "latent", lm, frame, examples, latents, model.bridge, gain=1.0, token_budget_k=0
             )
             total[candidate] += scored(lm, frame, prompts, answers, model, True).nll
-    from lw_fast.scoring import score
-
     picked = [
         row["latent_pred_llama" if a <= b else "latent_pred_qwen"]
         for row, a, b in zip(rows, total["llama"], total["qwen"], strict=True)

@@ -9,8 +9,11 @@ import tiny
 
 from lw_fast import cli
 from lw_fast.config import FIELDS, preset_names
+from lw_fast.engine import World
 from lw_fast.idle import IDLE, idle
+from lw_fast.train import train
 
+ONE = World(rank=0, local_rank=0, size=1, device=tiny.CPU)
 SEED = {"encoder_type": "byte_seed", "span_head": True}
 ONE_LINE = [
     ({"encoder_type": "lm", "max_bytes": 9}, "max_bytes", "encoder_type is lm"),
@@ -79,3 +82,13 @@ def test_flags_are_reported_and_presets_are_not(preset, caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == [
         "kl_top_k has no effect: kl_weight is 0"
     ]
+
+
+def test_evaluation_says_it_too(tmp_path, lm_dirs, qa_file, caplog):
+    files = dict(dataset=str(qa_file), eval_dataset=str(qa_file), samples=8, eval_samples=2)
+    train(tiny.config(**files, lm=lm_dirs, epochs=1, kinds="latent"), ONE, tmp_path / "run")
+    flags = ["--ckpt", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]
+    flags += ["--eos_ban_steps", "2", "--prefix_gain", "1.5", "--device", "cpu"]
+    assert cli.run(cli.eval_main, flags) == 0
+    said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert said == ["eos_ban_steps has no effect: protocol has no seed"]

@@ -145,6 +145,10 @@ class AnswerTable:
         return packed, packing
 
 
+GPU_WIDTH_MULTIPLE = 64
+"""Source widths on a GPU are multiples of this."""
+
+
 class SourceTable:
     """All sources of a data set as units (bytes or reader tokens) on the device.
 
@@ -158,7 +162,7 @@ class SourceTable:
         self.start_N, self.distinct = _deduplicate(sources)
         flat = np.concatenate([sources[i] for i in self.distinct])
         # One spare batch width of zeros lets every row be read at the batch's full width.
-        flat = np.concatenate([flat, np.zeros(int(self.length_N.max()), flat.dtype)])
+        flat = np.concatenate([flat, np.zeros(self._width(self.length_N), flat.dtype)])
         self.flat_ids = torch.from_numpy(flat).to(device)
         self.span_N2 = sources.span.astype(np.int64)
         self.context_start_N = np.asarray(sources.context_start, dtype=np.int64)
@@ -168,6 +172,13 @@ class SourceTable:
 
     def __len__(self) -> int:
         return len(self.length_N)
+
+    def _width(self, length_B: np.ndarray) -> int:
+        """Units to pad to. On a GPU few widths: allocator and kernels then meet them again."""
+        longest = int(length_B.max())
+        if self.device.type != "cuda":
+            return longest
+        return -(-longest // GPU_WIDTH_MULTIPLE) * GPU_WIDTH_MULTIPLE
 
     def num_spans(self, index: np.ndarray) -> int:
         """Examples of `index` whose span is known and supervised."""
@@ -183,7 +194,7 @@ class SourceTable:
         facts = np.stack([*columns, *self.span_N2[index].T, *flags], axis=1).astype(np.int64)
         facts_BK = to_device(facts, self.device)
         offset_B1, length_B1, start_B1 = facts_BK[:, :3].split(1, dim=1)
-        unit_U = torch.arange(int(length_B.max()), device=self.device)
+        unit_U = torch.arange(self._width(length_B), device=self.device)
         mask_BU = unit_U < length_B1
         ids_BU = self.flat_ids[offset_B1 + unit_U].long() * mask_BU
         return SourceBatch(

@@ -74,8 +74,8 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, subprocess.CompletedProcess]
 
 @pytest.mark.parametrize("name", list(commands()))
 def test_every_launcher_trains_the_same(runs, name):
-    """Losses of each step to 3e-6 (ranks add up in another order), and the same numbers beside them;
-    once per run, not per rank."""
+    """Losses of each step to 3e-6 (ranks add up in another order), and the same numbers beside
+    them; once per run, not per rank."""
     expected, rows = log_of(runs["plain"][0]), log_of(runs[name][0])
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for mine, theirs in zip(rows, expected, strict=True):

@@ -23,7 +23,8 @@ from lw_fast.cli import Parser, add_settings, split_lm_flags
 from lw_fast.config import DEFAULT_PRESET, FIELDS, Config, build_config
 from lw_fast.engine import World
 from lw_fast.errors import UserError
-from lw_fast.frozen_lm import RANDOM_SHAPES, compiles
+from lw_fast.frozen_lm import compiles
+from lw_fast.lm_sources import RANDOM_SHAPES
 from lw_fast.placement import Placement, place
 
 GIB = 2**30

@@ -36,7 +36,8 @@ from lw_fast.config import Config, OptimConfig
 from lw_fast.data import Example
 from lw_fast.errors import UserError
 from lw_fast.forcing import batches_by_length, forced_rows
-from lw_fast.frozen_lm import FrozenLM, cache_dir
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.lm_sources import cache_dir
 from lw_fast.model import LatentModel, training_examples
 from lw_fast.optim import lr_factor
 from lw_fast.prompts import decode_frame, text_prompt, text_prompts

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from lw_fast.alignment import Alignment, token_map
-from lw_fast.frozen_lm import load_tokenizer
+from lw_fast.lm_sources import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 
-from lw_fast import frozen_lm
+from lw_fast import frozen_lm, lm_sources
 from lw_fast.config import BackboneConfig
 from lw_fast.errors import UserError
 from lw_fast.frozen_lm import FrozenLM, compute_dtype, load_frozen_lm
@@ -203,17 +203,17 @@ def small_shapes(monkeypatch):
     """The known shapes, shrunk; everything else about them stays."""
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=800)
     heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    shapes = {n: shape | small | heads for n, shape in frozen_lm.RANDOM_SHAPES.items()}
-    monkeypatch.setattr(frozen_lm, "RANDOM_SHAPES", shapes)
+    shapes = {n: shape | small | heads for n, shape in lm_sources.RANDOM_SHAPES.items()}
+    monkeypatch.setattr(lm_sources, "RANDOM_SHAPES", shapes)
 
 
-@pytest.mark.parametrize("shape", list(frozen_lm.RANDOM_SHAPES))
+@pytest.mark.parametrize("shape", list(lm_sources.RANDOM_SHAPES))
 def test_random_lms(small_shapes, shape):
     """Frozen like any other, with the tokenizer of the shipped LM of the same architecture."""
     lm = load(f"random:{shape}")
     assert not any(p.requires_grad for p in lm.model.parameters())
     tied = lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight
-    assert tied == frozen_lm.RANDOM_SHAPES[shape]["tie_word_embeddings"]
+    assert tied == lm_sources.RANDOM_SHAPES[shape]["tie_word_embeddings"]
     assert lm.hidden(lm.embed(IDS)).shape == (1, 6, 32)
     assert (lm.tokenizer.bos_token_id is not None) == ("l" == shape[0] or "smol" in shape)
 
@@ -229,7 +229,7 @@ def test_the_real_shapes_have_the_real_sizes():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for name, billions in sizes.items():
-        shape = dict(frozen_lm.RANDOM_SHAPES[name])
+        shape = dict(lm_sources.RANDOM_SHAPES[name])
         config = AutoConfig.for_model(shape.pop("model_type"), **shape)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -306,7 +306,7 @@ def test_gguf_is_converted_once(tmp_path, cache, monkeypatch):
     load(path)
     (folder,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(frozen_lm, "_read_gguf", lambda path: pytest.fail("converted again"))
+        patch.setattr(lm_sources, "_read_gguf", lambda path: pytest.fail("converted again"))
         load(path)
     tiny.write_gguf(path, tiny.frozen_lm("qwen", seed=5, num_hidden_layers=1))
     assert load(path).model.config.num_hidden_layers == 1
@@ -455,10 +455,10 @@ def test_an_eos_that_the_lm_does_not_know(lm_dirs, tmp_path):
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("LW_FAST_CACHE", str(tmp_path))
-    assert frozen_lm.cache_dir() == tmp_path
+    assert lm_sources.cache_dir() == tmp_path
     monkeypatch.delenv("LW_FAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert frozen_lm.cache_dir() == tmp_path / "xdg" / "lw_fast"
+    assert lm_sources.cache_dir() == tmp_path / "xdg" / "lw_fast"
 
 
 def test_states_are_those_of_transformers(lm_dirs):

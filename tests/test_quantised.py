@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import quantised as quantised_benchmark
 from benchmarks.rows import read_rows
-from lw_fast import cli, frozen_lm, quantised
+from lw_fast import cli, lm_sources, quantised
 from lw_fast.config import BackboneConfig
 from lw_fast.engine import World, close_world, init_world, load_ds_config
 from lw_fast.errors import UserError
@@ -98,15 +98,15 @@ def test_a_pass_without_gradients_changes_nothing(dirs, kind):
 
 
 @pytest.mark.parametrize("kind", quantised.KINDS)
-@pytest.mark.parametrize("shape", list(frozen_lm.RANDOM_SHAPES))
+@pytest.mark.parametrize("shape", list(lm_sources.RANDOM_SHAPES))
 def test_random_lms_are_quantised_layer_by_layer(monkeypatch, shape, kind):
     """Of the real architecture, whole, and never two bf16 matrices of its layers at once."""
     from transformers.integrations import bitsandbytes as integration
 
     small = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, vocab_size=800)
     heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    known = frozen_lm.RANDOM_SHAPES[shape]
-    monkeypatch.setitem(frozen_lm.RANDOM_SHAPES, shape, known | small | heads)
+    known = lm_sources.RANDOM_SHAPES[shape]
+    monkeypatch.setitem(lm_sources.RANDOM_SHAPES, shape, known | small | heads)
     converter = getattr(integration, {"nf4": "Bnb4bitQuantize", "int8": "Bnb8bitQuantize"}[kind])
     convert, calls = converter.convert, []
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from lw_fast.batches import AnswerTable
 from lw_fast.bridge import supervised_scores
 from lw_fast.config import SequenceConfig
-from lw_fast.frozen_lm import FrozenLM, load_tokenizer
+from lw_fast.frozen_lm import FrozenLM
+from lw_fast.lm_sources import load_tokenizer
 from lw_fast.sequence import anchor_ids, head_ids, make_frame, pair_targets, tokenize_answers
 
 # ------------------------------------------------------------------------------- the toy LM

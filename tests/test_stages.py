@@ -10,7 +10,7 @@ import tiny
 
 from benchmarks import stages
 from benchmarks.rows import read_rows
-from lw_fast import cli, frozen_lm
+from lw_fast import cli, lm_sources
 from lw_fast.config import FIELDS, build_config, differences, load_preset
 from lw_fast.engine import World
 from lw_fast.errors import UserError
@@ -34,8 +34,8 @@ CHANGES = {
 @pytest.fixture
 def random_pair(monkeypatch) -> list[str]:
     """The 8B and the 7B as `random:` LMs, with layers that fit into a test."""
-    shapes = {name: shape | SMALL for name, shape in frozen_lm.RANDOM_SHAPES.items()}
-    monkeypatch.setattr(frozen_lm, "RANDOM_SHAPES", shapes)
+    shapes = {name: shape | SMALL for name, shape in lm_sources.RANDOM_SHAPES.items()}
+    monkeypatch.setattr(lm_sources, "RANDOM_SHAPES", shapes)
     return ["--lm.llama", "random:llama-3.1-8b", "--lm.qwen", "random:qwen2.5-7b"]
 
 

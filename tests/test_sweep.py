@@ -270,9 +270,14 @@ def test_ctrl_c_saves_what_runs(tmp_path, quick):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        Queue(sweep, jobs, ["cpu"], command=STUB).run()
+    # Where the tests themselves run in the background, SIGINT is ignored from the start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            Queue(sweep, jobs, ["cpu"], command=STUB).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [job.state for job in jobs] == ["interrupted", "waiting"]
     assert "told to stop" in sweep.log("lr=4.0").read_text()
     assert [job.state for job in new_jobs(sweep, {}, again=False)] == ["waiting", "waiting"]

@@ -10,15 +10,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.rows import measured
-from lw_fast.config import Config
 from lw_fast.frozen_lm import FrozenLM
-from lw_fast.meters import LMCost, free_memory, mfu, peak_memory, reset_peak_memory
+from lw_fast.meters import LMCost, mfu, peak_memory, reset_peak_memory
 from lw_fast.train_step import train_step
 from lw_fast.training_run import Run
 
@@ -166,42 +165,6 @@ class _Recorder:
 
     def step(self, **counts: Any) -> None:
         self.last = Work(**counts)
-
-
-@dataclass
-class SharedLMs:
-    """The frozen LMs of one case, kept for the next one where it wants the same weights."""
-
-    device: torch.device
-    _lms: dict[str, tuple[tuple, FrozenLM]] = field(default_factory=dict)
-
-    def fitting(self, config: Config) -> dict[str, FrozenLM]:
-        """The LMs in memory that serve `config` (for setup_run); all others are freed."""
-        wanted = {name: _weights_key(source, config) for name, source in config.lm.items()}
-        wanted["reader"] = _weights_key(config.encoder.reader, config)
-        self._lms = {
-            name: (key, lm) for name, (key, lm) in self._lms.items() if key == wanted[name]
-        }
-        free_memory(self.device)
-        return {name: lm for name, (_, lm) in self._lms.items()}
-
-    def keep(self, run: Run) -> None:
-        """Keeps what a run has loaded."""
-        config, model = run.config, run.model
-        for name, lm in model.lms.items():
-            self._lms[name] = (_weights_key(config.lm[name], config), lm)
-        if model.reader is not None and config.encoder.reader not in config.lm:
-            self._lms["reader"] = (_weights_key(config.encoder.reader, config), model.reader.lm)
-
-    def clear(self) -> None:
-        """Frees all."""
-        self._lms.clear()
-        free_memory(self.device)
-
-
-def _weights_key(source: str, config: Config) -> tuple:
-    """What weights depend on; FrozenLM.rerun changes all other settings of a backbone."""
-    return source, config.backbone.backbone_dtype, config.backbone.trust_remote_code
 
 
 def _synchronize(device: torch.device) -> None:

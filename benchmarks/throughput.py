@@ -34,7 +34,6 @@ from benchmarks import rivals
 from benchmarks.rows import case_words, measured, write_rows
 from benchmarks.steps import (
     ProductStep,
-    SharedLMs,
     Step,
     Timing,
     lm_costs,
@@ -50,6 +49,7 @@ from lw_fast.engine import World, close_world, init_world, load_ds_config
 from lw_fast.frozen_lm import compute_dtype, load_frozen_lm
 from lw_fast.meters import free_memory, matmul_ceiling
 from lw_fast.model import training_examples
+from lw_fast.shared import Shared
 from lw_fast.train import setup_run
 
 BASE = {"encoder_type": "byte_seed", "batch_size": 64, "samples": 1024, "kinds": "latent"}
@@ -104,7 +104,7 @@ class Bench:
     failed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.shared = SharedLMs(self.world.device)
+        self.shared = Shared()
 
     def config(self, overrides: Mapping[str, Any]) -> Config:
         """The settings of a case."""
@@ -161,7 +161,8 @@ class Bench:
         """Measures PEFT on each LM, alone on the card, one after the other."""
 
         def time_it(config: Config) -> Timing:
-            self.shared.clear()
+            self.shared = Shared()  # PEFT has the card to itself
+            free_memory(self.world.device)
             return one_after_the_other([self._peft(name, config, liger) for name in config.lm])
 
         return self.measure(case, time_it)
@@ -177,9 +178,8 @@ class Bench:
         return timing
 
     def _run(self, config: Config, ds_config: dict[str, Any] | None):
-        lms = self.shared.fitting(config)
+        lms = self.shared.lms(config, self.world.device)
         run = setup_run(config, self.world, Path(tempfile.gettempdir()), ds_config, lms)
-        self.shared.keep(run)
         self.costs = lm_costs(run.model.lms)
         return run
 

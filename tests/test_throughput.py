@@ -79,7 +79,7 @@ def test_the_run_survives_a_full_card_and_a_broken_case(monkeypatch, tmp_path, c
 def test_lms_stay_in_memory_while_their_weights_fit(monkeypatch, tmp_path):
     loads = []
     monkeypatch.setattr(
-        "lw_fast.model.load_frozen_lm", lambda name, *_: loads.append(name) or tiny.frozen_lm(name)
+        "lw_fast.shared.load_frozen_lm", lambda name, *_: loads.append(name) or tiny.frozen_lm(name)
     )
     bench(monkeypatch, tmp_path / "rows.csv", "--groups", "ladder,batches")
     assert sorted(loads) == ["llama", "qwen"]

@@ -70,7 +70,7 @@ class OriginalStep:
         answers = tables.answers
         return Work(
             samples=len(index),
-            positions={name: real_positions(table, index) for name, table in answers.items()},
+            positions={name: table.num_positions(index) for name, table in answers.items()},
             supervised_tokens={name: table.num_targets(index) for name, table in answers.items()},
             source_bytes=int(tables.sources.num_bytes_N[index].sum()),
         )
@@ -162,7 +162,7 @@ class PeftStep:
         self.optimizer.step()
         return Work(
             samples=len(index),
-            positions={self.lm.name: real_positions(self.table, index)},
+            positions={self.lm.name: self.table.num_positions(index)},
             supervised_tokens={self.lm.name: self.table.num_targets(index)},
         )
 
@@ -190,9 +190,3 @@ def patch_with_liger(lm: FrozenLM) -> None:
         "qwen2": liger.apply_liger_kernel_to_qwen2,
     }[lm.model.config.model_type]
     patch(model=lm.model)
-
-
-def real_positions(table: AnswerTable, index: np.ndarray) -> int:
-    """Positions of these examples without padding, in one pass: the work that there is to do."""
-    before = table.layout.prefix_len
-    return int(before * len(index) + table.length_N[index].sum())

@@ -55,8 +55,6 @@ class AnswerBatch:
     """bool: rows of the first-token term."""
     answer_N: Tensor
     """bool: rows of the answer term, which are all of them but with compat=original."""
-    num_positions: int
-    """Real (not padded) positions, for the FLOP count."""
     teacher: TeacherRows | None = None
     """Soft targets of the same rows, where the loss asks for them."""
     packing: Packing | None = None
@@ -113,7 +111,6 @@ class AnswerTable:
             target_N=to_device(rows.target, self.device),
             first_N=to_device(rows.first, self.device),
             answer_N=to_device(rows.answer, self.device),
-            num_positions=self.layout.num_positions(length_B),
             packing=packing,
         )
 

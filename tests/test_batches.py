@@ -112,7 +112,7 @@ def test_answer_batches_hold_anchor_and_answer(name):
     assert batch.head_H.tolist() == ([lm.tokenizer.bos_token_id] if name == "llama" else [])
     assert batch.tail_BT.shape[1] == len(anchor) + table.length_N[index].max()
     # Padding is no work: it is not counted.
-    assert batch.num_positions == real + len(index) * (6 + len(batch.head_H))
+    assert table.num_positions(index) == real + len(index) * (6 + len(batch.head_H))
 
 
 # ------------------------------------------------------------------------------- order

@@ -224,7 +224,7 @@ def test_pairs_of_the_original_written_out(bos, added, policy, tails, answer_pai
         assert [pair for pair, flag in zip(pairs, flags_N, strict=True) if flag] == expected
     assert not (batch.answer_N & batch.first_N).any()
     real = sum(len(batch.head_H) + 2 + np.count_nonzero(tail) for tail in tails)
-    assert batch.num_positions == real
+    assert table.num_positions(np.arange(2)) == real
 
 
 def test_rows_serve_both_terms_where_nothing_is_repeated():

@@ -47,6 +47,9 @@ def score_rows(metrics: dict[str, Any], words: dict[str, str], config: dict) -> 
             for metric in SCORES:
                 unit = "nats" if metric == "nll_token" else "1"
                 yield measured("accuracy", case, metric, values[metric], unit, n=num, config=config)
+            case = f"{case} phase=evaluate"
+            seconds = values["wall_clock_sec"]
+            yield measured("accuracy", case, "seconds", seconds, "s", n=num, config=config)
     for metric, value in metrics.get("span", {}).items():
         case = case_words(**words)
         yield measured("accuracy", case, f"span_{metric}", value, "1", n=num, config=config)
@@ -62,6 +65,11 @@ def cost_rows(log: list[dict], words: dict[str, str], config: dict) -> Iterator[
             "accuracy", case, rate, statistics.median(values), "1/s",
             p20=low, p80=high, n=len(values), config=config,
         )  # fmt: skip
+    for key, value in log[-1].items():  # how well it knows its training questions
+        lm, _, metric = key.partition("/")
+        if metric == "first_token_top1":
+            train = case_words(pair=words["pair"], lm=lm, **_rest(words | {"set": "train"}))
+            yield measured("accuracy", train, metric, value, "1", config=config)
     if "peak_gib" in log[-1]:
         yield measured("accuracy", case, "peak_gib", log[-1]["peak_gib"], "GiB", config=config)
     seconds = sum(

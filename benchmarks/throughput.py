@@ -70,7 +70,14 @@ ENCODERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lm_cached", {"encoder_type": "lm", "reader_cache": "on"}),
     ("lm_uncached", {"encoder_type": "lm", "reader_cache": "off"}),
 )
-ATTENTION = ("eager", "sdpa", "flash_attention_2")
+_PADDED = {"layout": "padded", "compile": "no"}
+ATTENTION: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("eager", {**_PADDED, "attn_implementation": "eager"}),
+    ("sdpa", {**_PADDED, "attn_implementation": "sdpa"}),
+    ("packed", {"attn_implementation": "sdpa"}),
+    ("flash_attention_2", {"attn_implementation": "flash_attention_2"}),
+)
+"""Eager attention cannot read packed rows, so both padded cases stand beside it, uncompiled."""
 NAIVE = {"layout": "padded", "compile": "no", "attn_implementation": "sdpa"}
 """How the rivals run their LMs."""
 GROUPS = ("ladder", "batches", "fp8", "encoders", "attention", "engines", "original", "peft")
@@ -249,12 +256,12 @@ def run_groups(bench: Bench, groups: list[str], sizes: Mapping[str, list[int]]) 
     if "engines" in groups and bench.ds_config:
         bench.ours(Case({"impl": "ours", "group": "engines"}, best, plain=True))
     if "attention" in groups:
-        for kind in ATTENTION:
+        for kind, settings in ATTENTION:
             if kind == "flash_attention_2" and not rivals.installed("flash_attn"):
                 print("no row for attn=flash_attention_2: flash_attn is not installed")
                 continue
-            words = {"impl": "ours", "group": "attention"}
-            bench.ours(Case(words, best | {"attn_implementation": kind}))
+            words = {"impl": "ours", "group": "attention", "attn": kind}
+            bench.ours(Case(words, best | settings))
     if "original" in groups:
         for size in sizes["original"]:
             settings = NAIVE | {"kernels": "torch", "batch_size": size}

@@ -162,7 +162,7 @@ class FrozenLM:
         if usual == "flash_attention_2":
             yield
             return
-        config._attn_implementation = _register_packed_attention()
+        config._attn_implementation = _register_packed_attention(self.kernels)
         try:
             yield
         finally:
@@ -267,12 +267,13 @@ class FrozenLM:
 
 
 @functools.cache
-def _register_packed_attention() -> str:
+def _register_packed_attention(kernels: str) -> str:
     """Makes it known to transformers once; returns the name that selects it."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register("lw_packed", packed_attention)
-    return "lw_packed"
+    name = f"lw_packed_{kernels}"
+    AttentionInterface.register(name, functools.partial(packed_attention, kernels=kernels))
+    return name
 
 
 def _checkpointing_layer() -> type[nn.Module]:
@@ -330,6 +331,7 @@ def load_frozen_lm(
     else:
         model.to(device)
     if config.backbone_dtype == "fp8":
+        _check_fp8(name, model, device)
         to_fp8(model.base_model.layers)
     lm = FrozenLM(name, model, tokenizer, source, _stop_ids(model, tokenizer), sharding=sharding)
     return _as_asked(lm, config)
@@ -347,6 +349,20 @@ def _in_shards(sharding: Sharding | None, dtype: torch.dtype) -> Iterator[None]:
     known = HfDeepSpeedConfig(sharding.config(dtype))
     yield
     del known
+
+
+def _check_fp8(name: str, model: nn.Module, device: torch.device) -> None:
+    """What the FP8 matmul of a GPU asks for; off the GPU it is emulated."""
+    if device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError(
+            "backbone_dtype=fp8 needs a GPU of compute capability 9.0 (Hopper) or newer"
+        )
+    for part, linear in model.base_model.layers.named_modules():
+        if isinstance(linear, nn.Linear) and any(n % 16 for n in linear.weight.shape):
+            shape = " x ".join(map(str, linear.weight.shape))
+            raise UserError(f"lm.{name}: fp8 needs widths in multiples of 16; {part} is {shape}")
 
 
 def _as_asked(lm: FrozenLM, config: BackboneConfig) -> FrozenLM:

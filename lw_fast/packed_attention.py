@@ -30,14 +30,18 @@ def packed_attention(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
+    kernels: str = "auto",
     **_unused,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence; output [1, R, H, K]. B is 1."""
+    """Causal attention within each packed sequence; output [1, R, H, K]. B is 1.
+
+    With kernels="torch" the kernel for short sequences is not used.
+    """
     rows = [t[0].transpose(0, 1) for t in (query_BHRK, key_BHRK, value_BHRK)]
     attend = _masked
     if query_BHRK.device.type == "cuda":
-        short = max_length_q <= SHORT and query_BHRK.shape[-1] <= MAX_HEAD_DIM
-        attend = _short if short else _varlen
+        fits = max_length_q <= SHORT and query_BHRK.shape[-1] <= MAX_HEAD_DIM
+        attend = _short if fits and kernels != "torch" else _varlen
     return attend(*rows, cu_seq_lens_q, max_length_q, scaling)[None], None
 
 

@@ -1,6 +1,6 @@
 """Rows of a batch laid end to end, without padding: where each sequence starts, how many rows.
 
-Answers differ in length, so a padded batch is a third longer than what it holds. Packed, it is one
+Answers differ in length, so a padded batch is longer than what it holds. Packed, it is one
 sequence of R rows and attention stays within each example (packed_attention.py). Compiled layers
 and CUDA graphs want R to be the same at every step, so a batch is given room for three standard
 deviations more than the mean (a few per cent), and the spare rows form sequences of their own

@@ -32,7 +32,7 @@ def by_case(path) -> dict[str, dict[str, dict]]:
 
 def test_every_kind_of_case(monkeypatch, tmp_path, capsys):
     out = tmp_path / "throughput_nano.csv"
-    bench(monkeypatch, out, "--groups", "ladder,batches,encoders,original,peft")
+    bench(monkeypatch, out, "--groups", "ladder,batches,fp8,encoders,attention,original,peft")
     found = by_case(out)
     rungs = [case for case in found if "rung=" in case]
     assert [case.split("rung=")[1][0] for case in rungs] == [

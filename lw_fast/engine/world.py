@@ -167,7 +167,7 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
             "processes, or pass --device cpu"
         )
     torch.cuda.set_device(local_rank)
-    # cuDNN's attention builds a plan for every new shape, for about a second; ours keep changing.
+    # cuDNN's attention builds a plan for every new shape; ours keep changing (docs/throughput.md).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", local_rank)
 

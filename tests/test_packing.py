@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lw_kernels import short_attention
 
+from lw_fast import frozen_lm
 from lw_fast.batches import IGNORE, AnswerTable
 from lw_fast.bridge import frame_prefix, frozen_lm_loss, supervised_scores
 from lw_fast.config import BackboneConfig
@@ -184,6 +186,24 @@ def test_an_example_does_not_see_its_neighbour(models):
     row = torch.searchsorted(answers.packing.cu_seqlens, answers.position_N, right=True) - 1
     moved = (before - after).abs() > 1e-6
     assert moved.any() and set(row[moved].tolist()) == {2}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_the_choice_of_kernels_reaches_attention(models, monkeypatch, kernels):
+    """kernels=torch asks for no kernel of ours, in attention too."""
+    seen = []
+
+    def watched(*args, kernels, **options):
+        seen.append(kernels)
+        return packed_attention(*args, **options)
+
+    monkeypatch.setattr(frozen_lm, "packed_attention", watched)
+    frozen_lm._register_packed_attention.cache_clear()
+    lm, answers = list(both(models, "qwen"))[1]
+    lm = dataclasses.replace(lm, kernels=kernels)
+    supervised_scores(lm, torch.randn(NUM, 6, lm.d_model), answers)
+    frozen_lm._register_packed_attention.cache_clear()
+    assert set(seen) == {kernels}
 
 
 # ------------------------------------------------------------------------------- compiled layers
